@@ -1,0 +1,159 @@
+"""What can go wrong, split by what the caller can do about it.
+
+    DarkroomError
+    ├── InvalidRequest        change the request
+    │   ├── InvalidField          a field's value
+    │   ├── InvalidTensor         a tensor's type, shape or bytes
+    │   ├── InvalidGraph          a node of a graph
+    │   ├── UnknownHolder         a tensor ref that points outside the cluster
+    │   └── MalformedMessage      bytes that are no message
+    ├── NotFound              ask for something else
+    │   ├── ModelNotFound
+    │   └── TensorNotFound
+    ├── UnusableModel         ask the operator to repair the model
+    ├── DigestMismatch        bytes are not what their name says
+    ├── Overloaded            try again after `retry_after_s`
+    │   └── QueueFull
+    ├── Unavailable           try another replica
+    │   ├── Draining
+    │   ├── StageUnavailable
+    │   └── RegistryUnavailable
+    └── DeadlinePassed        allow more time
+
+Constructors take facts and build the message. Facts are strings, so that an error survives the wire whole.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+class DarkroomError(Exception):
+    """Everything that Darkroom raises on purpose. `facts` are what the message was built from."""
+
+    def __init__(self, message: str, **facts: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.facts = facts
+
+    @classmethod
+    def reason(cls) -> str:
+        """The class name in upper snake case: `QueueFull` is `QUEUE_FULL`."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).upper()
+
+
+class InvalidRequest(DarkroomError):
+    """The request can never succeed as it is."""
+
+
+class InvalidField(InvalidRequest):
+    """A field's value is out of its range."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field} {problem}", field=field, problem=problem)
+
+
+class InvalidTensor(InvalidRequest):
+    """A tensor's type, shape and bytes do not agree, or are not allowed."""
+
+    def __init__(self, tensor: str, problem: str) -> None:
+        super().__init__(f"tensor {tensor} {problem}", tensor=tensor, problem=problem)
+
+
+class InvalidGraph(InvalidRequest):
+    """A node or edge of a graph is wrong."""
+
+    def __init__(self, node: str, problem: str) -> None:
+        super().__init__(f"graph node {node!r} {problem}", node=node, problem=problem)
+
+
+class UnknownHolder(InvalidRequest):
+    """A tensor ref names an address that is no replica of this cluster."""
+
+    def __init__(self, tensor: str) -> None:
+        super().__init__(f"tensor {tensor} refers to an address that is no replica of this cluster", tensor=tensor)
+
+
+class MalformedMessage(InvalidRequest):
+    """The bytes received are no message of the expected kind."""
+
+    def __init__(self, message_type: str) -> None:
+        super().__init__(f"the bytes received are no {message_type}", message_type=message_type)
+
+
+class NotFound(DarkroomError):
+    """What the request names does not exist."""
+
+
+class ModelNotFound(NotFound):
+    """No model of this id is in the catalogue."""
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"model_id {model_id!r} is not in the catalogue", model_id=model_id)
+
+
+class TensorNotFound(NotFound):
+    """The holder does not keep this tensor, or no longer."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"tensor {digest} is not held here, or no longer", digest=digest)
+
+
+class UnusableModel(DarkroomError):
+    """The model exists, but its files cannot be served."""
+
+    def __init__(self, model_id: str, problem: str) -> None:
+        super().__init__(f"model_id {model_id!r} cannot be used: {problem}", model_id=model_id, problem=problem)
+
+
+class DigestMismatch(DarkroomError):
+    """Fetched bytes are not what their digest says."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"the bytes fetched for tensor {digest} have another digest", digest=digest)
+
+
+class Overloaded(DarkroomError):
+    """Healthy, but with no room left."""
+
+    retry_after_s: float = 1.0
+
+
+class QueueFull(Overloaded):
+    """The replica has as many requests as it accepts."""
+
+    def __init__(self, limit: str, retry_after_s: str) -> None:
+        super().__init__(f"{limit} requests are running; try again in {retry_after_s} s", limit=limit, retry_after_s=retry_after_s)
+        self.retry_after_s = float(retry_after_s)
+
+
+class Unavailable(DarkroomError):
+    """Down or going down; another replica may serve it."""
+
+
+class Draining(Unavailable):
+    """The replica finishes what it has and takes nothing new."""
+
+    def __init__(self, replica_id: str) -> None:
+        super().__init__(f"replica {replica_id} is draining", replica_id=replica_id)
+
+
+class StageUnavailable(Unavailable):
+    """No replica of the stage could be reached."""
+
+    def __init__(self, stage: str, problem: str) -> None:
+        super().__init__(f"no {stage} replica could serve the request: {problem}", stage=stage, problem=problem)
+
+
+class RegistryUnavailable(Unavailable):
+    """The registry (etcd) does not answer."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the registry is not available: {what}", what=what)
+
+
+class DeadlinePassed(DarkroomError):
+    """The request's time ran out."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(f"the deadline passed at the {stage} stage", stage=stage)

@@ -1,0 +1,65 @@
+import datetime
+
+from darkroom.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DenoiseRequest(_message.Message):
+    __slots__ = ("request_id", "model_id", "embeddings", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "deterministic")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_PX_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_PX_FIELD_NUMBER: _ClassVar[int]
+    STEP_COUNT_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULER_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model_id: str
+    embeddings: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
+    width_px: int
+    height_px: int
+    step_count: int
+    guidance_scale: float
+    seed: int
+    image_count: int
+    scheduler: str
+    deterministic: bool
+    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., embeddings: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., deterministic: _Optional[bool] = ...) -> None: ...
+
+class DenoiseResponse(_message.Message):
+    __slots__ = ("progress", "result")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    progress: DenoiseProgress
+    result: DenoiseResult
+    def __init__(self, progress: _Optional[_Union[DenoiseProgress, _Mapping]] = ..., result: _Optional[_Union[DenoiseResult, _Mapping]] = ...) -> None: ...
+
+class DenoiseProgress(_message.Message):
+    __slots__ = ("step", "step_count")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEP_COUNT_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    step_count: int
+    def __init__(self, step: _Optional[int] = ..., step_count: _Optional[int] = ...) -> None: ...
+
+class DenoiseResult(_message.Message):
+    __slots__ = ("latents", "run_duration", "forward_count", "batched_forward_count")
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    RUN_DURATION_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BATCHED_FORWARD_COUNT_FIELD_NUMBER: _ClassVar[int]
+    latents: _tensor_pb2.Tensor
+    run_duration: _duration_pb2.Duration
+    forward_count: int
+    batched_forward_count: int
+    def __init__(self, latents: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., run_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., forward_count: _Optional[int] = ..., batched_forward_count: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,114 @@
+"""What a stage is asked to do, as checked values: the requests of the three stage services without protobuf."""
+
+from dataclasses import dataclass
+
+from darkroom.errors import InvalidField, InvalidTensor
+from darkroom.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
+from darkroom.v1 import denoiser_pb2, encoder_pb2, tensor_pb2, vae_pb2
+from darkroom.wire import fields
+from darkroom.wire.tensors import RawTensor, RemoteTensor, parse_tensor
+
+_ALL_SCHEDULERS = (*DIFFUSION_SCHEDULERS, *FLOW_SCHEDULERS)
+_MAX_EMBEDDINGS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeTask:
+    """One prompt to encode, with its negative."""
+
+    request_id: str
+    model_id: str
+    prompt: str
+    negative_prompt: str
+    guided: bool
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoiseTask:
+    """One request's latents to denoise."""
+
+    request_id: str
+    model_id: str
+    embeddings: dict[str, RawTensor | RemoteTensor]
+    width_px: int
+    height_px: int
+    step_count: int
+    guidance_scale: float
+    seed: int
+    image_count: int
+    scheduler: str
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTask:
+    """Latents to decode into image files."""
+
+    request_id: str
+    model_id: str
+    latents: RawTensor | RemoteTensor
+    width_px: int
+    height_px: int
+    parameters: dict[str, str]
+    deterministic: bool
+
+
+def parse_encode(message: encoder_pb2.EncodeRequest) -> EncodeTask:
+    """Raises InvalidField."""
+    return EncodeTask(
+        request_id=fields.check_request_id(message.request_id),
+        model_id=fields.check_model_id(message.model_id),
+        prompt=fields.check_prompt(message.prompt),
+        negative_prompt=fields.check_negative_prompt(message.negative_prompt),
+        guided=message.guided,
+        deterministic=message.deterministic,
+    )
+
+
+def parse_denoise(message: denoiser_pb2.DenoiseRequest) -> DenoiseTask:
+    """Raises InvalidField or InvalidTensor."""
+    width_px, height_px = fields.check_size(message.width_px, message.height_px, 1)
+    image_count = fields.check_count("image_count", message.image_count, fields.MAX_IMAGES)
+    return DenoiseTask(
+        request_id=fields.check_request_id(message.request_id),
+        model_id=fields.check_model_id(message.model_id),
+        embeddings=_parse_embeddings(list(message.embeddings)),
+        width_px=width_px,
+        height_px=height_px,
+        step_count=fields.check_count("step_count", message.step_count, fields.MAX_STEPS),
+        guidance_scale=fields.check_guidance_scale(message.guidance_scale),
+        seed=fields.check_seed(message.seed, image_count),
+        image_count=image_count,
+        scheduler=fields.check_scheduler(message.scheduler, _ALL_SCHEDULERS),
+        deterministic=message.deterministic,
+    )
+
+
+def parse_decode(message: vae_pb2.DecodeRequest) -> DecodeTask:
+    """Raises InvalidField or InvalidTensor."""
+    if message.format != vae_pb2.IMAGE_FORMAT_PNG:
+        raise InvalidField("format", "must be IMAGE_FORMAT_PNG")
+    width_px, height_px = fields.check_size(message.width_px, message.height_px, 1)
+    return DecodeTask(
+        request_id=fields.check_request_id(message.request_id),
+        model_id=fields.check_model_id(message.model_id),
+        latents=parse_tensor("latents", message.latents),
+        width_px=width_px,
+        height_px=height_px,
+        parameters=fields.check_parameters(dict(message.parameters)),
+        deterministic=message.deterministic,
+    )
+
+
+def _parse_embeddings(messages: list[tensor_pb2.NamedTensor]) -> dict[str, RawTensor | RemoteTensor]:
+    if not messages:
+        raise InvalidField("embeddings", "must not be empty")
+    if len(messages) > _MAX_EMBEDDINGS:
+        raise InvalidField("embeddings", f"must be at most {_MAX_EMBEDDINGS}, not {len(messages)}")
+    parsed: dict[str, RawTensor | RemoteTensor] = {}
+    for message in messages:
+        if message.name in parsed:
+            raise InvalidTensor(message.name[:64], "is given twice")
+        parsed[message.name] = parse_tensor(message.name[:64], message.tensor)
+    return parsed

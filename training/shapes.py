@@ -1,0 +1,131 @@
+"""Makes `models/shapes`, from drawn scenes to a folder that StableDiffusionPipeline loads.
+
+    python -m training.shapes --vae-s 900 --denoiser-s 3000 --out models/shapes
+
+Weights are stored in half precision, and config.json says float32: half the bytes, and every loader computes in float32.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from training.denoiser import NOISE_SCHEDULE, DenoiserTraining
+from training.judge import Score, score
+from training.scenes import Scene, caption, make_dataset, random_scene
+from training.tokenizer import make_tokenizer
+from training.vae import encode_all, reconstruct, train_vae
+
+DATASET_SEED = 0
+_SECONDS_BETWEEN_SNAPSHOTS = 420
+
+
+def assemble(vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """The pipeline as users get it: DDIM over the noise schedule of the training."""
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Writes the pipeline in diffusers' directory format, weights in half precision."""
+    for name in ("vae", "unet", "text_encoder"):
+        getattr(pipe, name).half()
+    pipe.save_pretrained(folder, safe_serialization=True)
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def generate(pipe: StableDiffusionPipeline, scenes: list[Scene], *, steps: int = 25, guidance: float = 4.0, seed: int = 0) -> np.ndarray:
+    """Draws each scene's canonical caption, seeds counted up from `seed`. Returns [N, H, W, 3] uint8."""
+    pictures = []
+    for start in range(0, len(scenes), 25):
+        part = scenes[start : start + 25]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+        answer = pipe([caption(s) for s in part], num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np")
+        pictures.append((answer.images * 255).round().astype(np.uint8))
+    return np.concatenate(pictures)
+
+
+def contact_sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
+    """Pictures [N, H, W, 3] side by side, `columns` in a row; the last row is dropped if it is not full."""
+    rows = [np.concatenate(list(pictures[i : i + columns]), axis=1) for i in range(0, len(pictures) - columns + 1, columns)]
+    sheet = Image.fromarray(np.concatenate(rows))
+    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
+
+
+def evaluate(folder: Path, count: int, *, steps: int = 25, guidance: float = 4.0) -> tuple[Score, np.ndarray]:
+    """Draws `count` random scenes with the model in `folder` and reads them back with the judge."""
+    rng = random.Random(2026)
+    scenes = [random_scene(rng) for _ in range(count)]
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = generate(pipe, scenes, steps=steps, guidance=guidance)
+    return score(pictures, scenes), pictures
+
+
+def main() -> None:
+    """Trains everything within the given times, saving a snapshot of the whole model every few minutes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae-s", type=float, default=900, help="seconds to train the VAE")
+    parser.add_argument("--denoiser-s", type=float, default=3000, help="seconds to train the text encoder and UNet")
+    parser.add_argument("--scenes", type=int, default=20000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vae", type=Path, help="take this trained VAE instead of training one")
+    parser.add_argument("--out", type=Path, default=Path("models/shapes"))
+    parser.add_argument("--log", type=Path, default=Path("out/training.log"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.log.parent.mkdir(parents=True, exist_ok=True)
+    data = make_dataset(options.scenes, DATASET_SEED)
+    pictures = torch.from_numpy(data.pictures)
+    if options.vae:
+        vae = AutoencoderKL.from_pretrained(options.vae).eval()
+    else:
+        vae, _ = train_vae(data, steps=100_000, limit_s=options.vae_s, log=options.log)
+        vae.save_pretrained(options.out.parent / ".vae-float32")
+    note(options.log, f"vae reconstruction {score(reconstruct(vae, pictures[:300]).numpy(), data.scenes[:300])}")
+    training = DenoiserTraining(make_tokenizer(), data.scenes, encode_all(vae, pictures) * vae.config.scaling_factor)
+    next_s = time.monotonic() + _SECONDS_BETWEEN_SNAPSHOTS
+
+    def snapshot(step: int) -> None:
+        nonlocal next_s
+        if time.monotonic() > next_s:
+            publish(vae, training, options.out, 60, options.log, step)
+            next_s = time.monotonic() + _SECONDS_BETWEEN_SNAPSHOTS
+
+    training.run(steps=100_000, limit_s=options.denoiser_s, log=options.log, each=snapshot)
+    publish(vae, training, options.out, 300, options.log, -1)
+
+
+def publish(vae: AutoencoderKL, training: DenoiserTraining, folder: Path, count: int, log: Path, step: int) -> None:
+    """Saves the averaged networks as a whole model, and logs what the judge makes of its pictures."""
+    import copy
+
+    text_encoder, unet = (copy.deepcopy(network) for network in training.averaged)
+    save(assemble(copy.deepcopy(vae), text_encoder, unet, make_tokenizer()), folder)
+    result, pictures = evaluate(folder, count)
+    contact_sheet(pictures[:60], 12).save(log.parent / "shapes.png")
+    note(log, f"step {step} {result}")
+
+
+def note(log: Path, line: str) -> None:
+    """Appends a line to the log and prints it."""
+    with log.open("a") as out:
+        out.write(line + "\n")
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
