@@ -5,6 +5,7 @@ Each takes a loaded `Part` and a checked task; each runs inside the executor, wh
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,13 +15,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from darkroom.errors import InvalidField, InvalidTensor
-from darkroom.models.families import Family
 from darkroom.models.loader import Part
 from darkroom.models.tensors import check_finite
-from darkroom.schedulers import scheduler_choice
+from darkroom.schedulers import scheduler_choice, schedulers_for
+from darkroom.wire.fields import check_scheduler, check_size
 from darkroom.wire.tasks import DecodeTask, DenoiseTask, EncodeTask
 
 StepCallback = Callable[[int, int], None]
+_PIPELINE_MULTIPLE_PX = 8  # every pipeline insists on it, whatever its VAE's factor
 
 
 def encode(part: Part, task: EncodeTask) -> dict[str, torch.Tensor]:
@@ -95,6 +97,14 @@ def decode(part: Part, task: DecodeTask, latents: torch.Tensor) -> list[Image.Im
     return images
 
 
+def check_request(part: Part, task: DenoiseTask) -> None:
+    """Raises InvalidField unless the model can draw this size with this scheduler."""
+    factor = 2 ** (len(part.pipeline.vae.config.block_out_channels) - 1)
+    patch = part.denoiser_config.get("patch_size", 1) if not part.family.packed_latents else 2
+    check_size(task.width_px, task.height_px, max(_PIPELINE_MULTIPLE_PX, factor * patch))
+    check_scheduler(task.scheduler, schedulers_for(type(part.pipeline.scheduler).__name__))
+
+
 def check_embeddings(part: Part, task: DenoiseTask, embeddings: Mapping[str, torch.Tensor]) -> None:
     """Raises InvalidTensor unless these are the embeddings that this model needs at this guidance scale."""
     wanted = part.family.embedding_names(guided=part.family.is_guided(task.guidance_scale))
@@ -152,9 +162,4 @@ def _placeholders(part: Part) -> dict[str, torch.Tensor]:
 
 @functools.cache
 def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    import inspect
-
     return frozenset(inspect.signature(function).parameters)
-
-
-__all__ = ["Family", "check_embeddings", "check_latents", "decode", "denoise", "encode"]

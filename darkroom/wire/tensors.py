@@ -41,6 +41,8 @@ class RemoteTensor:
     shape: tuple[int, ...]
     digest: str
     holder_address: str
+    expire_time_s: float
+    """When the holder may drop it, in seconds since the epoch."""
 
     @property
     def size_bytes(self) -> int:
@@ -65,7 +67,8 @@ def parse_tensor(name: str, message: tensor_pb2.Tensor) -> RawTensor | RemoteTen
         case "ref":
             if not _DIGEST.fullmatch(message.ref.digest):
                 raise InvalidTensor(name, "has a ref whose digest is not 64 hexadecimal digits")
-            return RemoteTensor(element_type, shape, message.ref.digest, message.ref.holder_address)
+            expire_time_s = message.ref.expire_time.ToMilliseconds() / 1000
+            return RemoteTensor(element_type, shape, message.ref.digest, message.ref.holder_address, expire_time_s)
         case _:
             raise InvalidTensor(name, "has neither data nor ref")
 
@@ -93,9 +96,14 @@ def value_message(tensor: RawTensor) -> tensor_pb2.Tensor:
     return tensor_pb2.Tensor(element_type=_TO_PROTO[tensor.element_type], shape=tensor.shape, data=tensor.data)
 
 
-def ref_message(tensor: RawTensor, *, digest: str, holder_address: str, expire_time_s: float) -> tensor_pb2.Tensor:
-    """The tensor by ref; `expire_time_s` in seconds since the epoch."""
+def ref_message(tensor: RemoteTensor) -> tensor_pb2.Tensor:
+    """The tensor by ref."""
     message = tensor_pb2.Tensor(element_type=_TO_PROTO[tensor.element_type], shape=tensor.shape)
-    message.ref.digest, message.ref.holder_address = digest, holder_address
-    message.ref.expire_time.FromMilliseconds(int(expire_time_s * 1000))
+    message.ref.digest, message.ref.holder_address = tensor.digest, tensor.holder_address
+    message.ref.expire_time.FromMilliseconds(int(tensor.expire_time_s * 1000))
     return message
+
+
+def tensor_message(tensor: RawTensor | RemoteTensor) -> tensor_pb2.Tensor:
+    """The tensor as it is: by value or by ref."""
+    return value_message(tensor) if isinstance(tensor, RawTensor) else ref_message(tensor)

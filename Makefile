@@ -1,0 +1,120 @@
+# What a developer does here, by name; `make help` lists it.
+#
+# The first target that needs Python makes .venv with every extra. Where pip does not find a CPU build of torch by
+# itself, the default is the CUDA build; for the CPU build, some gigabytes smaller:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# What the contract must stay compatible with. Where that is the commit at hand, the one before it.
+PROTO_BASE ?= main
+
+BENCHES := overhead throughput memory
+
+BIN := .venv/bin
+PYTHON := $(BIN)/python
+VENV := .venv/.installed
+BUF := node_modules/.bin/buf
+NODE_MODULES := node_modules/.package-lock.json
+PROTOS := $(wildcard protos/darkroom/v1/*.proto)
+GENERATE := $(PYTHON) -m grpc_tools.protoc -Iprotos
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test check proto bench gpu compose-test train-shapes clean \
+    check-format check-lint check-types check-imports check-protos check-generated
+
+help:  ## Lists the targets.
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+setup: $(VENV)  ## Makes .venv, with Darkroom and all it needs.
+
+demo: $(VENV)  ## Starts a cluster, draws pictures, says what happened.
+	$(PYTHON) -m examples.demo
+
+up: $(VENV)  ## Runs a whole cluster on this machine until Ctrl-C.
+	$(BIN)/darkroom up
+
+# One thread per process: on a shared machine, torch's spinning threads cost more than they bring.
+test gpu: export OMP_NUM_THREADS ?= 1
+
+test: $(VENV)  ## Runs the tests that need no GPU and no Docker.
+	$(PYTHON) -m pytest -m "not compose"
+
+check: check-format check-lint check-types check-imports check-protos check-generated  ## Runs every check but the tests.
+
+proto: $(VENV)  ## Writes darkroom/v1 anew from protos.
+	$(GENERATE) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+bench: $(VENV)  ## Runs the benchmarks.
+	set -e; for name in $(BENCHES); do echo "== bench.$$name"; $(PYTHON) -m bench.$$name; done
+
+gpu: $(VENV)  ## Runs the GPU tests, then the benchmarks.
+	$(PYTHON) -m pytest -m gpu
+	$(MAKE) bench
+
+compose-test: $(VENV)  ## Builds the containers and tests the cluster they form; needs Docker.
+	tests/compose/run.sh
+
+train-shapes: $(VENV)  ## Trains models/shapes anew (hours).
+	$(PYTHON) -m training.shapes
+
+clean:  ## Removes all that git ignores and these targets made, .venv and node_modules too.
+	rm -rf .venv node_modules examples/node/node_modules build out *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+check-format: $(VENV)
+	$(BIN)/ruff format --check --quiet .
+
+check-lint: $(VENV)
+	$(BIN)/ruff check .
+
+check-types: $(VENV)
+	$(BIN)/mypy
+
+check-imports: $(VENV)
+	$(BIN)/lint-imports
+
+check-protos: $(NODE_MODULES)
+	$(BUF) lint
+	$(BUF) format --diff --exit-code
+	@set -eu; \
+	if ! git rev-parse --quiet --verify '$(PROTO_BASE)^{commit}' >/dev/null 2>&1; then \
+	    echo "buf breaking: skipped, git knows no $(PROTO_BASE)"; exit 0; \
+	fi; \
+	base=$$(git rev-parse '$(PROTO_BASE)'); \
+	if [ "$$base" = "$$(git rev-parse HEAD)" ] && [ -z "$$(git status --porcelain protos)" ]; then \
+	    base=$$(git rev-parse --quiet --verify "$$base^") || { echo "buf breaking: skipped, no commit before this"; exit 0; }; \
+	fi; \
+	if ! git cat-file -e "$$base:protos" 2>/dev/null; then \
+	    echo "buf breaking: skipped, no protos in $$base"; exit 0; \
+	fi; \
+	old=$$(mktemp -d); trap 'rm -rf "$$old"' EXIT; \
+	git archive "$$base" protos | tar -x -C "$$old"; cp buf.yaml "$$old"; \
+	$(BUF) breaking --against "$$old"; echo "buf breaking: compatible with $$base"
+
+check-generated: $(VENV)
+	@set -eu; \
+	new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
+	$(GENERATE) --python_out="$$new" --pyi_out="$$new" --grpc_python_out="$$new" $(PROTOS); \
+	diff -r -x __init__.py -x __pycache__ "$$new/darkroom/v1" darkroom/v1 \
+	    || { echo "darkroom/v1 is not what protos generate: run make proto" >&2; exit 1; }
+
+# A second make spends nothing here unless what is installed changed.
+$(VENV): pyproject.toml constraints.txt
+	@set -eu; \
+	if [ ! -x $(PYTHON) ]; then \
+	    found=; \
+	    for name in python3.11 python3; do \
+	        if $$name -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then found=$$name; break; fi; \
+	    done; \
+	    [ "$$found" ] || { echo "Python 3.11 is needed, as python3.11 or python3 on PATH" >&2; exit 1; }; \
+	    $$found -m venv .venv; \
+	fi
+	@echo "Installing Darkroom into .venv; a few minutes the first time."
+	@$(BIN)/pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	    -c constraints.txt -e '.[stage,local,dev]'
+	@touch $@
+
+$(NODE_MODULES): package.json package-lock.json
+	@command -v npm >/dev/null || { echo "npm is needed, for buf (apt-get install npm)" >&2; exit 1; }
+	npm ci --no-audit --no-fund --loglevel=error
+	@touch $@

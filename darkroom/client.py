@@ -1,0 +1,166 @@
+"""The Python client: draws pictures through a router, asks a cache manager what is up."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from darkroom.errors import StageUnavailable
+from darkroom.runtime.channels import Channels
+from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, router_pb2, router_pb2_grpc, stage_pb2, stage_pb2_grpc
+from darkroom.wire.status import from_rpc_error
+from darkroom.wire.times import seconds
+
+_QUESTION_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """What to draw; None means the model's default."""
+
+    prompt: str
+    model_id: str = ""
+    """Empty means the router's default."""
+    negative_prompt: str = ""
+    width_px: int | None = None
+    height_px: int | None = None
+    step_count: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    image_count: int | None = None
+    scheduler: str = ""
+    deterministic: bool = False
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTime:
+    """Where the time of one stage went, in seconds."""
+
+    stage: str
+    replica_id: str
+    call_s: float
+    run_s: float
+    attempt_count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """The images, and how they came about."""
+
+    images: tuple[bytes, ...]
+    """PNG files."""
+    seed: int
+    stages: tuple[StageTime, ...]
+    total_s: float
+    batched_forward_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a request is."""
+
+    stage: str
+    step: int = 0
+    step_count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaReport:
+    """A replica as the cache manager lists it, and what it says of itself; None when it does not answer."""
+
+    listed: cachemgr_pb2.Replica
+    state: stage_pb2.DescribeReplicaResponse | None
+
+
+class Client:
+    """A connection to a cluster. Calls raise DarkroomError, or grpc.aio.AioRpcError when the other side has a bug."""
+
+    def __init__(self, *, router_address: str, cachemgr_address: str = "") -> None:
+        """Addresses are `host:port`; without a cache manager only drawing works."""
+        self._router, self._cachemgr = router_address, cachemgr_address
+        self._channels = Channels()
+
+    async def __aenter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes the connections."""
+        await self._channels.close()
+
+    async def draw(self, drawing: Drawing, *, timeout_s: float = 300.0, on_progress: Callable[[Progress], None] = lambda _: None) -> Drawn:
+        """Draws the images; `on_progress` hears of each stage and step."""
+        stub = router_pb2_grpc.RouterServiceStub(self._channels.to(self._router))
+        result: router_pb2.GenerateResult | None = None
+        try:
+            async for event in stub.Generate(_request(drawing), timeout=timeout_s):
+                if event.HasField("node_started"):
+                    on_progress(Progress(stage_name(event.node_started.stage)))
+                elif event.HasField("node_progress"):
+                    on_progress(Progress("denoiser", event.node_progress.step, event.node_progress.step_count))
+                else:
+                    result = event.result
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, "router") or error from error
+        if result is None:
+            raise StageUnavailable("router", "the stream ended without a result")
+        return _drawn(result)
+
+    async def models(self) -> list[cachemgr_pb2.Model]:
+        """The catalogue."""
+        try:
+            response = await self._cache_manager().ListModels(cachemgr_pb2.ListModelsRequest(), timeout=_QUESTION_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, "cachemgr") or error from error
+        return list(response.models)
+
+    async def replicas(self) -> list[ReplicaReport]:
+        """Every stage replica that is up, each asked for its state."""
+        try:
+            response = await self._cache_manager().DescribeCache(cachemgr_pb2.DescribeCacheRequest(), timeout=_QUESTION_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, "cachemgr") or error from error
+        states = await asyncio.gather(*(self._describe(replica.address) for replica in response.replicas))
+        return [ReplicaReport(replica, state) for replica, state in zip(response.replicas, states, strict=True)]
+
+    def _cache_manager(self) -> cachemgr_pb2_grpc.CacheManagerServiceStub:
+        return cachemgr_pb2_grpc.CacheManagerServiceStub(self._channels.to(self._cachemgr))
+
+    async def _describe(self, address: str) -> stage_pb2.DescribeReplicaResponse | None:
+        stub = stage_pb2_grpc.StageServiceStub(self._channels.to(address))
+        try:
+            answer: stage_pb2.DescribeReplicaResponse = await stub.DescribeReplica(stage_pb2.DescribeReplicaRequest(), timeout=_QUESTION_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return None  # shown as not answering
+        return answer
+
+
+def stage_name(stage: int) -> str:
+    """The stage's name as logs and flags have it."""
+    return stage_pb2.Stage.Name(stage).removeprefix("STAGE_").lower()
+
+
+def _request(drawing: Drawing) -> router_pb2.GenerateRequest:
+    return router_pb2.GenerateRequest(
+        request_id=drawing.request_id, model_id=drawing.model_id, prompt=drawing.prompt, negative_prompt=drawing.negative_prompt,
+        width_px=drawing.width_px, height_px=drawing.height_px, step_count=drawing.step_count, guidance_scale=drawing.guidance_scale,
+        seed=drawing.seed, image_count=drawing.image_count, scheduler=drawing.scheduler, deterministic=drawing.deterministic,
+    )
+
+
+def _drawn(result: router_pb2.GenerateResult) -> Drawn:
+    stages = tuple(
+        StageTime(
+            stage=stage_name(t.stage), replica_id=t.replica_id, call_s=seconds(t.call_duration), run_s=seconds(t.run_duration),
+            attempt_count=t.attempt_count,
+        )
+        for t in result.timings
+    )
+    return Drawn(
+        images=tuple(image.data for image in result.images), seed=result.seed, stages=stages, total_s=seconds(result.total_duration),
+        batched_forward_count=result.batched_forward_count,
+    )

@@ -1,0 +1,107 @@
+"""What the three stages have in common: parts of models loaded on demand, one executor, a bound on accepted requests."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+import torch
+
+from darkroom.errors import ModelNotFound, QueueFull
+from darkroom.models.executor import EngineCounts, Executor, ForwardCounts
+from darkroom.models.loader import Part, load_part
+
+T = TypeVar("T")
+_log = structlog.get_logger()
+_RETRY_AFTER_S = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaState:
+    """What a replica says of itself."""
+
+    replica_id: str
+    stage: str
+    device: str
+    parts: tuple[Part, ...]
+    running_count: int
+    finished_count: int
+    engine: EngineCounts
+    uptime_s: float
+
+
+class StageReplica:
+    """One replica of a stage: the parts it has loaded and the requests it runs."""
+
+    def __init__(self, *, replica_id: str, stage: str, model_store: Path, device: str, max_running: int, max_batch_rows: int, thread_count: int) -> None:
+        """`max_running`: requests accepted at once; `max_batch_rows`: rows of a batch; `thread_count`: torch threads."""
+        self.replica_id, self.stage = replica_id, stage
+        self._root, self._device = model_store, torch.device(device)
+        self._max_running = max_running
+        self._executor = Executor(max_batch_rows=max_batch_rows, thread_count=thread_count)
+        self._loads: dict[str, asyncio.Task[Part]] = {}
+        self._running = self._finished = 0
+        self._start_s = time.monotonic()
+        self.on_loaded: Callable[[Collection[str]], Awaitable[None]] | None = None
+
+    @contextlib.asynccontextmanager
+    async def accepted(self) -> AsyncIterator[None]:
+        """Counts a request while it runs. Raises QueueFull."""
+        if self._running >= self._max_running:
+            raise QueueFull(str(self._max_running), _RETRY_AFTER_S)
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+            self._finished += 1
+
+    async def part(self, model_id: str) -> Part:
+        """The stage's part of a model, loaded on first use; concurrent callers share one load.
+
+        Raises ModelNotFound or UnusableModel. A failed load is tried again by the next request.
+        """
+        task = self._loads.get(model_id)
+        if task is None:
+            if not (self._root / model_id / "model_index.json").is_file():
+                raise ModelNotFound(model_id)
+            task = self._loads[model_id] = asyncio.create_task(self._load(model_id))
+        return await asyncio.shield(task)
+
+    async def _load(self, model_id: str) -> Part:
+        try:
+            part = await asyncio.to_thread(load_part, self._root, model_id, self.stage, self._device)
+        except BaseException:
+            del self._loads[model_id]
+            raise
+        _log.info("loaded", model_id=model_id, load_s=round(part.load_s, 3))
+        if self.on_loaded:
+            loaded = {other.model_id for other in self._parts()} | {model_id}
+            await self.on_loaded(loaded)
+        return part
+
+    async def run(self, program: Callable[[], T], *, alone: bool) -> tuple[T, ForwardCounts]:
+        """Runs a program in the executor. Cancelling this call ends the program at its next forward."""
+        future, counts = self._executor.submit(program, alone=alone)
+        return await asyncio.wrap_future(future), counts
+
+    def _parts(self) -> list[Part]:
+        done = [task for task in self._loads.values() if task.done() and not task.cancelled() and task.exception() is None]
+        return [task.result() for task in done]
+
+    def state(self) -> ReplicaState:
+        """The replica as it is now."""
+        return ReplicaState(
+            replica_id=self.replica_id, stage=self.stage, device=str(self._device),
+            parts=tuple(sorted(self._parts(), key=lambda part: part.model_id)),
+            running_count=self._running, finished_count=self._finished, engine=self._executor.counts,
+            uptime_s=time.monotonic() - self._start_s,
+        )
+
+    def close(self) -> None:
+        """Ends the executor."""
+        self._executor.close()

@@ -1,0 +1,236 @@
+"""Being in the cluster and seeing it: a replica says that it is up and what it holds; everyone sees who does.
+
+The rule: what a replica says lives under its lease, so a dead one falls silent by itself, and what is said is repeated
+whenever the lease was lost. A view that is cut off keeps what it last saw.
+"""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Callable, Collection
+from typing import Generic, TypeVar
+
+from darkroom.errors import RegistryUnavailable
+from darkroom.registry import keys
+from darkroom.registry.model_entry import ModelEntry
+from darkroom.registry.port import LeaseId, Member, Registry
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+_MAX_KEEP_ALIVE_INTERVAL_S = 1.0
+"""Also how long a lease's loss may go unnoticed: a replica is missing for hardly longer than that."""
+_RETRY_S = 0.25
+"""Between two attempts while the registry is away."""
+_LEAVE_DEADLINE_S = 1.0
+
+_ADDRESS = re.compile(r"[^\s/@]{1,255}:[0-9]{1,5}")
+
+
+class Registration:
+    """Keeps one member in the registry, with the models it holds."""
+
+    def __init__(self, registry: Registry, member: Member, *, ttl_s: int = 5) -> None:
+        """`ttl_s` is how long a dead process stays listed. Raises ValueError for a name that cannot be a key."""
+        self._registry = registry
+        self._key = keys.member(member.stage, member.replica_id)
+        self._value = json.dumps({"address": member.address, "device": member.device}).encode()
+        self._replica_id = member.replica_id
+        self._ttl_s = ttl_s
+        self._lease: LeaseId | None = None
+        self._lease_ends_s = 0.0
+        self._model_ids: frozenset[str] = frozenset()
+        self._are_models_written = True
+        self._has_left = False
+        self._writing = asyncio.Lock()
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the lease holds, as far as this process can know."""
+        return self._lease is not None and asyncio.get_running_loop().time() < self._lease_ends_s
+
+    async def run(self) -> None:
+        """Registers, and again whenever the lease is lost, until cancelled or until `leave`."""
+        while not self._has_left:
+            try:
+                if not await self._is_lease_alive():
+                    await self._register()
+                await self._write_models()
+                pause_s = min(self._ttl_s / 3, _MAX_KEEP_ALIVE_INTERVAL_S)
+            except RegistryUnavailable as error:
+                _LOG.debug("replica %s waits for the registry: %s", self._replica_id, error)
+                pause_s = _RETRY_S
+            await asyncio.sleep(pause_s)
+
+    async def set_models(self, model_ids: Collection[str]) -> None:
+        """Replaces what the replica says it holds. While the registry is away it is remembered, and said afterwards.
+
+        Raises ValueError for an id that cannot be part of a key.
+        """
+        for model_id in model_ids:
+            keys.residency(self._replica_id, model_id)
+        self._model_ids = frozenset(model_ids)
+        self._are_models_written = False
+        try:
+            await self._write_models()
+        except RegistryUnavailable as error:
+            _LOG.debug("replica %s says later what it holds: %s", self._replica_id, error)
+
+    async def leave(self) -> None:
+        """Vanishes from the registry now, and for good. If that takes over a second, the lease's end does it."""
+        self._has_left = True
+        try:
+            async with asyncio.timeout(_LEAVE_DEADLINE_S), self._writing:
+                lease, self._lease = self._lease, None
+                if lease is not None:
+                    await self._registry.revoke(lease)
+        except (RegistryUnavailable, TimeoutError) as error:
+            _LOG.debug("replica %s leaves when its lease ends: %s", self._replica_id, error)
+
+    async def _is_lease_alive(self) -> bool:
+        if self._lease is None:
+            return False
+        asked_s = asyncio.get_running_loop().time()
+        left_s = await self._registry.keep_alive(self._lease)
+        self._lease_ends_s = asked_s + left_s
+        return left_s > 0
+
+    async def _register(self) -> None:
+        async with self._writing:
+            if self._has_left:
+                return
+            asked_s = asyncio.get_running_loop().time()
+            lease = await self._registry.grant(self._ttl_s)
+            await self._registry.put(self._key, self._value, lease=lease)
+            self._lease, self._lease_ends_s = lease, asked_s + self._ttl_s
+            self._are_models_written = False
+
+    async def _write_models(self) -> None:
+        async with self._writing:
+            lease, model_ids = self._lease, self._model_ids
+            if lease is None or self._are_models_written:
+                return
+            wanted = {keys.residency(self._replica_id, model_id) for model_id in model_ids}
+            for key in sorted(wanted):
+                await self._registry.put(key, b"", lease=lease)
+            for key in (await self._registry.read(keys.residency_of(self._replica_id))).keys() - wanted:
+                await self._registry.delete(key)
+            self._are_models_written = model_ids is self._model_ids
+
+
+class _Shelf(Generic[T]):
+    """What was last read under one prefix, parsed. Parses, and complains about, only what is new."""
+
+    def __init__(self, prefix: str, parse: Callable[[str, bytes], T]) -> None:
+        self.prefix = prefix
+        self.is_read = False
+        self.values: dict[str, T] = {}
+        self._parse = parse
+        self._state: dict[str, bytes] = {}
+
+    def update(self, state: dict[str, bytes]) -> None:
+        """Makes the values those of `state`, without the entries that cannot be parsed."""
+        for key in self._state.keys() - state.keys():
+            self.values.pop(key, None)
+        for key, value in state.items():
+            if self._state.get(key) != value:
+                self._put(key, value)
+        self._state = state
+        self.is_read = True
+
+    def _put(self, key: str, value: bytes) -> None:
+        try:
+            self.values[key] = self._parse(key, value)
+        except ValueError as error:
+            _LOG.warning("registry entry is passed over: %s", error)
+            self.values.pop(key, None)
+
+
+class ClusterView:
+    """Who is up, what they hold and which models exist, as last seen. Reading it costs no I/O and never fails."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._member_shelf = _Shelf(keys.MEMBERS, _parse_member)
+        self._residency_shelf = _Shelf(keys.RESIDENCY, lambda key, _: keys.parse_residency(key))
+        self._model_shelf = _Shelf(keys.MODELS, _parse_model)
+        self._members: tuple[Member, ...] = ()
+        self._held: dict[str, tuple[str, ...]] = {}
+        self._models: dict[str, ModelEntry] = {}
+        self._changed = asyncio.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether members, residency and catalogue were all seen once."""
+        return self._member_shelf.is_read and self._residency_shelf.is_read and self._model_shelf.is_read
+
+    def members(self, stage: str | None = None) -> tuple[Member, ...]:
+        """Who is up, of one stage or of all, by stage and replica_id."""
+        return self._members if stage is None else tuple(member for member in self._members if member.stage == stage)
+
+    def models_of(self, replica_id: str) -> tuple[str, ...]:
+        """The ids of the models that the replica says it holds, sorted."""
+        return self._held.get(replica_id, ())
+
+    def models(self) -> tuple[ModelEntry, ...]:
+        """The catalogue, by model_id."""
+        return tuple(self._models.values())
+
+    def model(self, model_id: str) -> ModelEntry | None:
+        """The catalogue's entry, if there is one."""
+        return self._models.get(model_id)
+
+    async def run(self) -> None:
+        """Follows the registry until cancelled."""
+        async with asyncio.TaskGroup() as following:
+            following.create_task(self._follow(self._member_shelf, self._index_members))
+            following.create_task(self._follow(self._residency_shelf, self._index_residency))
+            following.create_task(self._follow(self._model_shelf, self._index_models))
+
+    async def wait_for(self, predicate: Callable[["ClusterView"], bool]) -> None:
+        """Returns as soon as the predicate holds; asked now and after each change. The caller sets the deadline."""
+        while not predicate(self):
+            await self._changed.wait()
+
+    async def _follow(self, shelf: _Shelf[T], index: Callable[[], None]) -> None:
+        async for state in self._registry.watch(shelf.prefix):
+            shelf.update(state)
+            index()
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    def _index_members(self) -> None:
+        found = self._member_shelf.values.values()
+        self._members = tuple(sorted(found, key=lambda member: (member.stage, member.replica_id)))
+
+    def _index_residency(self) -> None:
+        held: dict[str, tuple[str, ...]] = {}
+        for _, key in sorted(self._residency_shelf.values.items()):
+            held[key.replica_id] = (*held.get(key.replica_id, ()), key.model_id)
+        self._held = held
+
+    def _index_models(self) -> None:
+        self._models = {entry.model_id: entry for _, entry in sorted(self._model_shelf.values.items())}
+
+
+def _parse_member(key: str, value: bytes) -> Member:
+    """Raises ValueError for what is no member."""
+    name = keys.parse_member(key)
+    try:
+        fields = json.loads(value)
+        address, device = fields["address"], fields.get("device", "")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{key} is no member: {error!r}") from error
+    if not isinstance(address, str) or not _ADDRESS.fullmatch(address) or not isinstance(device, str):
+        raise ValueError(f"{key} is no member: its address is not host:port, or its device not text")
+    return Member(replica_id=name.replica_id, stage=name.stage, address=address, device=device)
+
+
+def _parse_model(key: str, value: bytes) -> ModelEntry:
+    """Raises ValueError for what is no model entry, or one under another's key."""
+    entry = ModelEntry.from_json(value)
+    if keys.model(entry.model_id) != key:
+        raise ValueError(f"{key} holds the entry of {entry.model_id!r}")
+    return entry

@@ -1,0 +1,166 @@
+"""Lists what a model store offers, by JSON and file sizes only, so that router and cachemgr need no torch.
+
+The rule: a folder that cannot be served is refused with its reason; it never hides the others.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from darkroom.errors import InvalidField
+from darkroom.registry.model_entry import ComponentEntry, ModelEntry
+from darkroom.registry.store_folder import Refused, StoreFolder
+from darkroom.schedulers import schedulers_for
+from darkroom.wire import fields
+
+_DEFAULT_SIZE_PX = 512
+_DEFAULT_VAE_FACTOR = 8
+_DEFAULT_STEP_COUNT = 25
+_DEFAULT_GUIDANCE_SCALE = 5.0
+_MAX_VAE_BLOCKS = 8
+_MAX_SIZE_MULTIPLE_PX = 512
+_MAX_COMPONENTS = 32
+_MAX_OVERRIDE = 1_000_000
+
+_WHOLE_OVERRIDES = frozenset({"default_width_px", "default_height_px", "size_multiple_px", "default_step_count"})
+_OVERRIDES = _WHOLE_OVERRIDES | {"default_guidance_scale"}
+
+_CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_COMPONENT_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreListing:
+    """What a model store offers."""
+
+    models: tuple[ModelEntry, ...]
+    """By model_id."""
+    refused: dict[str, str]
+    """Folders that have a model_index.json but cannot be served, and why."""
+
+
+def read_model_store(root: Path) -> StoreListing:
+    """Reads every folder of the store that has a model_index.json. Raises OSError if the store cannot be listed."""
+    models: list[ModelEntry] = []
+    refused: dict[str, str] = {}
+    for path in sorted(root.iterdir()):
+        try:
+            if path.joinpath("model_index.json").exists():
+                models.append(_read_model(root, path))
+        except (Refused, InvalidField, OSError) as problem:
+            refused[os.fsencode(path.name).decode(errors="replace")] = str(problem)
+    return StoreListing(models=tuple(models), refused=refused)
+
+
+def _read_model(root: Path, path: Path) -> ModelEntry:
+    """Raises Refused, or InvalidField for a name or a default that no request could have."""
+    model_id = fields.check_model_id(path.name)
+    folder = StoreFolder(root, path)
+    index = folder.read_object("model_index.json")
+    pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str) or not _CLASS_NAME.fullmatch(pipeline):
+        raise Refused("model_index.json has no _class_name that is a class name")
+    names = _component_names(index)
+    defaults = _read_defaults(folder, names)
+    width_px, height_px = int(defaults["default_width_px"]), int(defaults["default_height_px"])
+    fields.check_size(width_px, height_px, int(defaults["size_multiple_px"]))
+    return ModelEntry(
+        model_id=model_id,
+        pipeline=pipeline,
+        components=tuple(ComponentEntry(name=name, size_bytes=folder.component_bytes(name)) for name in names),
+        schedulers=_read_schedulers(folder, names),
+        default_width_px=width_px,
+        default_height_px=height_px,
+        size_multiple_px=int(defaults["size_multiple_px"]),
+        default_step_count=fields.check_count(
+            "default_step_count", int(defaults["default_step_count"]), fields.MAX_STEPS
+        ),
+        default_guidance_scale=fields.check_guidance_scale(float(defaults["default_guidance_scale"])),
+    )
+
+
+def _component_names(index: Mapping[str, object]) -> list[str]:
+    """The entries of the form `name: [library, class]`; one that is [null, null] is absent."""
+    names = []
+    for name, value in index.items():
+        match value:
+            case [str(), str()] if not name.startswith("_"):
+                if not _COMPONENT_NAME.fullmatch(name):
+                    raise Refused(f"component {name[:64]!r} is not a name of a-z 0-9 _")
+                names.append(name)
+    if not 1 <= len(names) <= _MAX_COMPONENTS:
+        raise Refused(f"model_index.json names {len(names)} components, not 1 to {_MAX_COMPONENTS}")
+    return names
+
+
+def _read_defaults(folder: StoreFolder, names: list[str]) -> dict[str, float]:
+    """Every default: what the configs say, or else is usual, under what darkroom.json says."""
+    overrides = _read_overrides(folder)
+    factor = _read_vae_factor(folder, names)
+    denoiser = next((name for name in ("unet", "transformer") if name in names), None)
+    multiple_px = int(overrides.get("size_multiple_px", 2 * factor if denoiser == "transformer" else factor))
+    if not 1 <= multiple_px <= _MAX_SIZE_MULTIPLE_PX:
+        raise Refused(f"size_multiple_px must be 1 to {_MAX_SIZE_MULTIPLE_PX}, not {multiple_px}")
+    width_px, height_px = _read_size(folder, denoiser, factor)
+    return {
+        "default_width_px": _fit(width_px, multiple_px),
+        "default_height_px": _fit(height_px, multiple_px),
+        "size_multiple_px": multiple_px,
+        "default_step_count": _DEFAULT_STEP_COUNT,
+        "default_guidance_scale": _DEFAULT_GUIDANCE_SCALE,
+        **overrides,
+    }
+
+
+def _read_overrides(folder: StoreFolder) -> dict[str, float]:
+    """What darkroom.json sets. Ranges are checked where the values are used."""
+    found = folder.find_object("darkroom.json") or {}
+    overrides: dict[str, float] = {}
+    for name, value in found.items():
+        if name not in _OVERRIDES:
+            raise Refused(f"darkroom.json has an unknown key {name[:64]!r}")
+        if isinstance(value, bool) or not isinstance(value, int if name in _WHOLE_OVERRIDES else int | float):
+            raise Refused(f"darkroom.json: {name} must be a number, not {str(value)[:64]}")
+        if abs(value) > _MAX_OVERRIDE:
+            raise Refused(f"darkroom.json: {name} is out of range")
+        overrides[name] = value
+    return overrides
+
+
+def _read_vae_factor(folder: StoreFolder, names: list[str]) -> int:
+    """How many pixels wide one latent cell is."""
+    config = folder.find_object("vae/config.json") if "vae" in names else None
+    blocks = (config or {}).get("block_out_channels")
+    if isinstance(blocks, list) and 1 <= len(blocks) <= _MAX_VAE_BLOCKS:
+        return 1 << (len(blocks) - 1)
+    return _DEFAULT_VAE_FACTOR
+
+
+def _read_size(folder: StoreFolder, denoiser: str | None, factor: int) -> tuple[int, int]:
+    """Width and height the denoiser was trained for, in pixels."""
+    config = folder.find_object(f"{denoiser}/config.json") if denoiser else None
+    match (config or {}).get("sample_size"):
+        case int(side) if _is_latent_size(side):
+            return side * factor, side * factor
+        case [int(height), int(width)] if _is_latent_size(height) and _is_latent_size(width):
+            return width * factor, height * factor
+        case _:
+            return _DEFAULT_SIZE_PX, _DEFAULT_SIZE_PX
+
+
+def _is_latent_size(value: int) -> bool:
+    return not isinstance(value, bool) and 1 <= value <= fields.MAX_SIZE_PX
+
+
+def _fit(size_px: int, multiple_px: int) -> int:
+    """The nearest size that a request may have, downwards if there is one."""
+    least_px = -(-fields.MIN_SIZE_PX // multiple_px) * multiple_px
+    return max(least_px, min(size_px, fields.MAX_SIZE_PX) // multiple_px * multiple_px)
+
+
+def _read_schedulers(folder: StoreFolder, names: list[str]) -> tuple[str, ...]:
+    config = folder.find_object("scheduler/scheduler_config.json") if "scheduler" in names else None
+    class_name = (config or {}).get("_class_name")
+    return schedulers_for(class_name) if isinstance(class_name, str) else ()

@@ -1,0 +1,55 @@
+"""What the services ask of a registry. etcd and memory both answer it, so a service never knows which one it has."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import NewType, Protocol
+
+LeaseId = NewType("LeaseId", int)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A service process that is up."""
+
+    replica_id: str
+    """New at each start, so that a restarted process is another replica."""
+    stage: str
+    """encoder, denoiser, vae, router or cachemgr."""
+    address: str
+    """host:port of its gRPC server, as others reach it."""
+    device: str = ""
+    """What it computes on, for people to read; empty where that means nothing."""
+
+
+class Registry(Protocol):
+    """Keys and values, with leases and watches.
+
+    Every method but `watch` and `close` raises RegistryUnavailable when there is no answer within the deadline.
+    """
+
+    async def read(self, prefix: str) -> dict[str, bytes]:
+        """Every key that starts with `prefix`."""
+
+    async def put(self, key: str, value: bytes, *, lease: LeaseId | None = None) -> None:
+        """Writes the key. It goes when `lease` ends, and raises RegistryUnavailable if that has ended already."""
+
+    async def delete(self, key: str) -> None:
+        """Removes the key if it is there."""
+
+    async def grant(self, ttl_s: int) -> LeaseId:
+        """A new lease that ends `ttl_s` seconds after it was last kept alive."""
+
+    async def keep_alive(self, lease: LeaseId) -> float:
+        """Seconds the lease has from now on; 0 if it has ended, and then it never comes back."""
+
+    async def revoke(self, lease: LeaseId) -> None:
+        """Ends the lease now, with its keys. A lease that has ended already is no error."""
+
+    def watch(self, prefix: str) -> AsyncIterator[dict[str, bytes]]:
+        """Yields all that is under `prefix`: at once, then whenever it differs from what was last yielded.
+
+        Never ends by itself. While the registry is away it waits; what it yields was true at some moment, in order.
+        """
+
+    async def close(self) -> None:
+        """Lets go of the connection. Cancel what still watches first."""

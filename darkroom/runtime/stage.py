@@ -1,0 +1,150 @@
+"""What every stage process is made of besides its own service: model parts, tensor exchange, membership, the server."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import structlog
+
+from darkroom.errors import DarkroomError
+from darkroom.models.replica import ReplicaState, StageReplica
+from darkroom.registry.etcd import EtcdRegistry
+from darkroom.registry.membership import ClusterView, Registration
+from darkroom.registry.port import Member
+from darkroom.runtime.channels import Channels
+from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
+from darkroom.runtime.logs import configure_logs
+from darkroom.runtime.server import Mounted, Server
+from darkroom.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
+from darkroom.wire.times import duration
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """What all stage services can be told."""
+
+    address: str = "127.0.0.1:0"
+    """`host:port` to listen on; port 0 takes a free one."""
+    advertise_host: str = "127.0.0.1"
+    """Host under which other services reach this one."""
+    etcd: tuple[str, ...] = ("127.0.0.1:2379",)
+    """etcd endpoints, comma-separated."""
+    model_store: Path = Path("models")
+    """Folder of models in diffusers' directory format."""
+    preload: tuple[str, ...] = ()
+    """Models to load at the start, comma-separated; others are loaded on first use."""
+    device: str = "cpu"
+    """torch device of the networks."""
+    threads: int = 1
+    """torch threads. On shared CPUs one thread each beats several: waiting threads spin."""
+    max_running: int = 64
+    """Requests accepted at once; more are refused with QUEUE_FULL."""
+    max_batch_rows: int = 32
+    """Rows of the largest batch. Past 16 a small UNet's step grows linearly on the CPUs measured."""
+    shelf_bytes: int = 256 << 20
+    """Bytes of tensors held for other stages."""
+    inline_limit_bytes: int = 1 << 20
+    """Tensors up to this size travel by value."""
+    drain_s: float = 30.0
+    """How long running requests may take to finish after SIGTERM, in seconds."""
+    reflection: bool = False
+    """Whether to serve gRPC reflection."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        for name in ("threads", "max_running", "max_batch_rows", "shelf_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.inline_limit_bytes <= 1 << 20:
+            raise ValueError(f"inline_limit_bytes must be 0 to {1 << 20}, not {self.inline_limit_bytes}")
+        if self.drain_s < 0:
+            raise ValueError(f"drain_s must not be negative, not {self.drain_s}")
+        if not self.model_store.is_dir():
+            raise ValueError(f"model_store must be a folder, and {self.model_store} is none")
+
+
+class StageProcess:
+    """The parts that a stage's own service is built upon; `run` serves until SIGTERM."""
+
+    def __init__(self, stage: str, config: StageConfig) -> None:
+        """Builds everything and connects to nothing yet."""
+        self.config = config
+        replica_id = f"{stage}-{secrets.token_hex(4)}"
+        configure_logs(stage, replica_id, level=config.log_level)
+        self._registry = EtcdRegistry(config.etcd)
+        self._view = ClusterView(self._registry)
+        self._channels = Channels()
+        self._server = Server(
+            address=config.address, replica_id=replica_id, reflect=config.reflection, max_request_bytes=8 << 20, drain_s=config.drain_s
+        )
+        self.shelf = TensorShelf(limit_bytes=config.shelf_bytes, inline_limit_bytes=config.inline_limit_bytes)
+        self.shelf.address = f"{config.advertise_host}:{self._server.port}"
+        self.source = TensorSource(self._channels, self.shelf, lambda: {m.address for m in self._view.members()})
+        self.replica = StageReplica(
+            replica_id=replica_id, stage=stage, model_store=config.model_store, device=config.device,
+            max_running=config.max_running, max_batch_rows=config.max_batch_rows, thread_count=config.threads,
+        )
+        member = Member(replica_id=replica_id, stage=stage, address=self.shelf.address, device=config.device)
+        self._registration = Registration(self._registry, member)
+        self.replica.on_loaded = self._registration.set_models
+
+    async def run(self, service: Mounted) -> None:
+        """Serves `service` beside StageService and TensorService. Loads the preloaded models before registering."""
+        common = [
+            Mounted(lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(_StageServicer(self.replica, self._server), server), _name(stage_pb2, "StageService")),
+            Mounted(lambda server: tensor_pb2_grpc.add_TensorServiceServicer_to_server(TensorServicer(self.shelf), server), _name(tensor_pb2, "TensorService")),
+        ]
+        await self._preload(self.config.preload)
+        await self._server.start([service, *common])
+        await self._server.run([self._registration.run(), self._view.run()], on_drain=[self._registration.leave])
+        await self._channels.close()
+        await self._registry.close()
+        self.replica.close()
+
+    async def _preload(self, model_ids: Sequence[str]) -> None:
+        for model_id in model_ids:
+            try:
+                await self.replica.part(model_id)
+            except DarkroomError as error:
+                _log.error("preload_failed", model_id=model_id, reason=error.reason(), problem=error.message)
+
+
+def _name(module: object, service: str) -> str:
+    descriptor = module.DESCRIPTOR  # type: ignore[attr-defined]
+    return str(descriptor.services_by_name[service].full_name)
+
+
+class _StageServicer(stage_pb2_grpc.StageServiceServicer):  # type: ignore[misc]
+    """StageService over a replica."""
+
+    def __init__(self, replica: StageReplica, server: Server) -> None:
+        self._replica, self._server = replica, server
+
+    async def DescribeReplica(
+        self, request: stage_pb2.DescribeReplicaRequest, context: grpc.aio.ServicerContext
+    ) -> stage_pb2.DescribeReplicaResponse:
+        """Describes the replica."""
+        del request, context
+        return state_message(self._replica.state(), draining=self._server.is_draining)
+
+
+def state_message(state: ReplicaState, *, draining: bool) -> stage_pb2.DescribeReplicaResponse:
+    """A replica's state as its message."""
+    models = []
+    for part in state.parts:
+        networks = [
+            stage_pb2.Network(name=n.name, resident_bytes=n.resident_bytes, parameter_count=n.parameter_count) for n in part.network_states()
+        ]
+        models.append(stage_pb2.LoadedModel(model_id=part.model_id, networks=networks, load_duration=duration(part.load_s)))
+    return stage_pb2.DescribeReplicaResponse(
+        replica_id=state.replica_id, stage=stage_pb2.Stage.Value(f"STAGE_{state.stage.upper()}"), device=state.device, models=models,
+        running_count=state.running_count, finished_count=state.finished_count, batch_count=state.engine.batches,
+        forward_count=state.engine.forwards, draining=draining, uptime_duration=duration(state.uptime_s),
+    )
+

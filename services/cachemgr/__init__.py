@@ -1,0 +1,1 @@
+"""Knows which models exist, which replicas are up, and what each holds."""

@@ -1,0 +1,35 @@
+"""What the cache manager can be told."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheManagerConfig:
+    """Knows which models exist, which replicas are up, and what each holds."""
+
+    address: str = "127.0.0.1:7601"
+    """`host:port` to listen on; port 0 takes a free one."""
+    advertise_host: str = "127.0.0.1"
+    """Host under which other services reach this one."""
+    etcd: tuple[str, ...] = ("127.0.0.1:2379",)
+    """etcd endpoints, comma-separated."""
+    model_store: Path = Path("models")
+    """Folder of models in diffusers' directory format."""
+    scan_interval_s: float = 5.0
+    """How often the model store is read for new and vanished models, in seconds."""
+    drain_s: float = 5.0
+    """How long running requests may take to finish after SIGTERM, in seconds."""
+    reflection: bool = False
+    """Whether to serve gRPC reflection."""
+    log_level: str = "info"
+    """debug, info, warning or error."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        if self.scan_interval_s <= 0:
+            raise ValueError(f"scan_interval_s must be positive, not {self.scan_interval_s}")
+        if self.drain_s < 0:
+            raise ValueError(f"drain_s must not be negative, not {self.drain_s}")
+        if not self.model_store.is_dir():
+            raise ValueError(f"model_store must be a folder, and {self.model_store} is none")

@@ -1,0 +1,1 @@
+"""Embeddings to latents, many requests at a time."""

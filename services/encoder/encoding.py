@@ -1,0 +1,60 @@
+"""Prompts to embeddings: from the cache, from an equal request in flight, or from the text encoders."""
+
+import asyncio
+from dataclasses import dataclass
+
+from darkroom.models import programs
+from darkroom.models.replica import StageReplica
+from darkroom.models.tensors import to_raw
+from darkroom.wire.tasks import EncodeTask
+from services.encoder.cache import CacheKey, EmbeddingCache, Embeddings
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Embeddings, and whether encoding them was somebody else's work."""
+
+    embeddings: Embeddings
+    cached: bool
+
+
+class Encoding:
+    """Encodes each prompt once, however many ask for it at the same time."""
+
+    def __init__(self, replica: StageReplica, cache: EmbeddingCache) -> None:
+        """Runs text encoders on `replica`."""
+        self._replica, self._cache = replica, cache
+        self._in_flight: dict[CacheKey, asyncio.Task[Embeddings]] = {}
+        self._callers: dict[CacheKey, int] = {}
+
+    async def encode(self, task: EncodeTask) -> Encoded:
+        """The prompt's embeddings. Raises QueueFull, ModelNotFound or UnusableModel."""
+        async with self._replica.accepted():
+            key = CacheKey(task.model_id, task.prompt, task.negative_prompt, task.guided, task.deterministic)
+            kept = self._cache.get(key)
+            if kept is not None:
+                return Encoded(kept, cached=True)
+            joined = key in self._in_flight
+            return Encoded(await self._join(key, task), cached=joined)
+
+    async def _join(self, key: CacheKey, task: EncodeTask) -> Embeddings:
+        """Waits for the one encoding of this key; the last caller to leave ends it."""
+        if key not in self._in_flight:
+            self._in_flight[key] = asyncio.create_task(self._encode(key, task))
+        work = self._in_flight[key]
+        self._callers[key] = self._callers.get(key, 0) + 1
+        try:
+            return await asyncio.shield(work)
+        finally:
+            self._callers[key] -= 1
+            if not self._callers[key]:
+                del self._callers[key]
+                self._in_flight.pop(key, None)
+                work.cancel()
+
+    async def _encode(self, key: CacheKey, task: EncodeTask) -> Embeddings:
+        part = await self._replica.part(task.model_id)
+        answer, _ = await self._replica.run(lambda: programs.encode(part, task), alone=task.deterministic)
+        embeddings = {name: to_raw(value) for name, value in answer.items()}
+        self._cache.put(key, embeddings)
+        return embeddings

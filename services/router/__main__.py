@@ -1,0 +1,43 @@
+"""Wires the router together: `python -m services.router`."""
+
+import asyncio
+import secrets
+
+from darkroom.registry.etcd import EtcdRegistry
+from darkroom.registry.membership import ClusterView, Registration
+from darkroom.registry.port import Member
+from darkroom.runtime.channels import Channels
+from darkroom.runtime.config import read_config
+from darkroom.runtime.logs import configure_logs
+from darkroom.runtime.server import Mounted, Server
+from darkroom.v1 import router_pb2_grpc
+from services.router.config import RouterConfig
+from services.router.running import GraphRunner
+from services.router.server import RouterServicer
+from services.router.stages import GrpcStages
+
+_MAX_REQUEST_BYTES = 4 << 20
+
+
+async def main(config: RouterConfig) -> None:
+    """Serves until SIGTERM."""
+    replica_id = f"router-{secrets.token_hex(4)}"
+    configure_logs("router", replica_id, level=config.log_level)
+    registry = EtcdRegistry(config.etcd)
+    view = ClusterView(registry)
+    channels = Channels()
+    server = Server(
+        address=config.address, replica_id=replica_id, reflect=config.reflection, max_request_bytes=_MAX_REQUEST_BYTES, drain_s=config.drain_s
+    )
+    registration = Registration(registry, Member(replica_id=replica_id, stage="router", address=f"{config.advertise_host}:{server.port}"))
+    runner = GraphRunner(view, GrpcStages(channels), replica_wait_s=config.replica_wait_s, max_running=config.max_running)
+    servicer = RouterServicer(runner, view, default_model=config.default_model, default_deadline_s=config.default_deadline_s)
+    add = router_pb2_grpc.add_RouterServiceServicer_to_server
+    await server.start([Mounted(lambda grpc_server: add(servicer, grpc_server), "darkroom.v1.RouterService")])
+    await server.run([view.run(), registration.run()], on_drain=[registration.leave])
+    await channels.close()
+    await registry.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(read_config(RouterConfig, program="router")))

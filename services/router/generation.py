@@ -1,0 +1,97 @@
+"""From a prompt to the txt2img graph: the model's defaults filled in, everything checked against the catalogue."""
+
+import secrets
+from dataclasses import dataclass
+
+from darkroom import __version__
+from darkroom.errors import InvalidField, InvalidGraph, ModelNotFound, RegistryUnavailable
+from darkroom.registry.catalogue import ModelEntry
+from darkroom.registry.membership import ClusterView
+from darkroom.wire import fields
+from darkroom.wire.graphs import DecodeWork, DenoiseWork, EncodeTextWork, Graph, make_graph
+
+_MAX_RANDOM_SEED = 1 << 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompted:
+    """A checked request for images of a prompt; None where the model's default applies."""
+
+    model_id: str
+    prompt: str
+    negative_prompt: str
+    width_px: int | None
+    height_px: int | None
+    step_count: int | None
+    guidance_scale: float | None
+    seed: int | None
+    image_count: int
+    scheduler: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The graph to run, and the seed that was settled on."""
+
+    graph: Graph
+    seed: int
+
+
+def plan_generation(request: Prompted, view: ClusterView) -> Plan:
+    """The txt2img graph. Raises ModelNotFound, InvalidField, or RegistryUnavailable before the catalogue was read."""
+    entry = _entry(request.model_id, view)
+    width_px = entry.default_width_px if request.width_px is None else request.width_px
+    height_px = entry.default_height_px if request.height_px is None else request.height_px
+    step_count = entry.default_step_count if request.step_count is None else request.step_count
+    scale = entry.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
+    seed = secrets.randbelow(_MAX_RANDOM_SEED) if request.seed is None else request.seed
+    denoise = DenoiseWork(
+        model_id=request.model_id, width_px=width_px, height_px=height_px, step_count=step_count, guidance_scale=scale,
+        seed=seed, image_count=request.image_count, scheduler=request.scheduler,
+    )
+    _check_denoise(denoise, entry)
+    encode = EncodeTextWork(model_id=request.model_id, prompt=request.prompt, negative_prompt=request.negative_prompt, guided=scale > 1)
+    decode = DecodeWork(model_id=request.model_id, parameters=_parameters(request, denoise, entry))
+    graph = make_graph({"encode": (encode, {}), "denoise": (denoise, {"embedding": "encode"}), "decode": (decode, {"latent": "denoise"})})
+    return Plan(graph, seed)
+
+
+def check_against_catalogue(graph: Graph, view: ClusterView) -> None:
+    """Raises ModelNotFound or InvalidGraph unless every node's model exists and can do what the node asks."""
+    for node in graph.nodes:
+        entry = _entry(node.work.model_id, view)
+        if isinstance(node.work, DenoiseWork):
+            try:
+                _check_denoise(node.work, entry)
+            except InvalidField as error:
+                raise InvalidGraph(node.node_id, f"has a wrong field: {error.message}") from error
+
+
+def _entry(model_id: str, view: ClusterView) -> ModelEntry:
+    if not view.is_ready:
+        raise RegistryUnavailable("the catalogue was not read yet")
+    entry = view.model(model_id)
+    if entry is None:
+        raise ModelNotFound(model_id)
+    return entry
+
+
+def _check_denoise(work: DenoiseWork, entry: ModelEntry) -> None:
+    fields.check_size(work.width_px, work.height_px, entry.size_multiple_px)
+    fields.check_scheduler(work.scheduler, entry.schedulers)
+
+
+def _parameters(request: Prompted, work: DenoiseWork, entry: ModelEntry) -> dict[str, str]:
+    """What is written into the image file: enough to draw it again."""
+    own = entry.schedulers[0] if entry.schedulers else "the model's own"
+    return {
+        "software": f"Darkroom {__version__}",
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "model": work.model_id,
+        "seed": str(work.seed),
+        "steps": str(work.step_count),
+        "guidance_scale": f"{work.guidance_scale:g}",
+        "scheduler": work.scheduler or own,
+        "size": f"{work.width_px}x{work.height_px}",
+    }

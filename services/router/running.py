@@ -1,0 +1,197 @@
+"""Runs a graph: each node on the replica that placement picks, on another one when that fails, within the deadline."""
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from darkroom.errors import DarkroomError, DeadlinePassed, Overloaded, QueueFull, StageUnavailable, TensorNotFound, Unavailable
+from darkroom.policy.placement import ReplicaLoad, choose_replica
+from darkroom.registry.membership import ClusterView
+from darkroom.registry.port import Member
+from darkroom.wire.graphs import Graph, Node
+from services.router.values import Answer, Event, Finished, NodeProgress, NodeStarted, NodeTiming, Value
+
+StepCallback = Callable[[int, int], None]
+_SUSPECT_S = 5.0  # as long as a dead replica's lease may live on
+_MAX_RERUNS = 2
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallSettings:
+    """What every call of a request shares."""
+
+    request_id: str
+    deterministic: bool
+    deadline_s: float
+    """On the event loop's clock."""
+
+    def timeout_s(self) -> float:
+        """Seconds left."""
+        return max(0.0, self.deadline_s - asyncio.get_running_loop().time())
+
+
+class Stages(Protocol):
+    """How a replica is called."""
+
+    async def call(
+        self, address: str, node: Node, inputs: Mapping[str, Value], settings: CallSettings, on_step: StepCallback
+    ) -> Answer:
+        """Runs the node's work at `address`."""
+        ...
+
+
+@dataclass(slots=True)
+class _Run:
+    """One request's state."""
+
+    graph: Graph
+    settings: CallSettings
+    events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
+    values: dict[str, "asyncio.Future[Value]"] = field(default_factory=dict)
+    timings: list[NodeTiming] = field(default_factory=list)
+    stage: str = "router"
+
+
+class GraphRunner:
+    """Runs graphs over the replicas in `view`."""
+
+    def __init__(self, view: ClusterView, stages: Stages, *, replica_wait_s: float, max_running: int) -> None:
+        """`replica_wait_s`: how long to wait for a replica of a stage that has none; `max_running`: requests at once."""
+        self._view, self._stages = view, stages
+        self._replica_wait_s, self._max_running = replica_wait_s, max_running
+        self._running: Counter[str] = Counter()
+        self._suspect_until_s: dict[str, float] = {}
+        self._request_count = 0
+
+    async def run(self, graph: Graph, settings: CallSettings) -> AsyncGenerator[Event, None]:
+        """Events as they happen, `Finished` last. Closing the iterator cancels every call.
+
+        Raises QueueFull, DeadlinePassed, Unavailable, or what a stage raised.
+        """
+        if self._request_count >= self._max_running:
+            raise QueueFull(str(self._max_running), "1")
+        self._request_count += 1
+        run = _Run(graph, settings)
+        work = asyncio.create_task(self._run_all(run))
+        work.add_done_callback(lambda _: run.events.put_nowait(None))
+        try:
+            while (event := await run.events.get()) is not None:
+                yield event
+            yield await work
+        finally:
+            self._request_count -= 1
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError, DarkroomError):
+                await work
+
+    async def _run_all(self, run: _Run) -> Finished:
+        loop = asyncio.get_running_loop()
+        start_s = loop.time()
+        run.values = {node.node_id: loop.create_future() for node in run.graph.nodes}
+        try:
+            async with asyncio.timeout_at(run.settings.deadline_s):
+                await self._run_nodes(run)
+        except TimeoutError:
+            raise DeadlinePassed(run.stage) from None
+        values = {node_id: future.result() for node_id, future in run.values.items()}
+        return Finished(values, tuple(run.timings), loop.time() - start_s)
+
+    async def _run_nodes(self, run: _Run) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for node in run.graph.nodes:
+                    group.create_task(self._run_node_when_ready(run, node))
+        except BaseExceptionGroup as failures:
+            raise _first(failures) from failures
+
+    async def _run_node_when_ready(self, run: _Run, node: Node) -> None:
+        inputs = {port: await run.values[source] for port, source in node.sources.items()}
+        run.values[node.node_id].set_result(await self._run_node(run, node, inputs))
+
+    async def _run_node(self, run: _Run, node: Node, inputs: Mapping[str, Value], reruns: int = 0) -> Value:
+        """Tries replica after replica; when an input is lost with the replica that held it, makes it again first."""
+        loop = asyncio.get_running_loop()
+        start_s, tried = loop.time(), list[str]()
+        failure: DarkroomError | None = None
+        while True:
+            member = await self._place(node, tried, failure)
+            tried.append(member.replica_id)
+            run.stage = node.stage
+            run.events.put_nowait(NodeStarted(node.node_id, node.stage, member.replica_id))
+            try:
+                answer = await self._call(run, node, inputs, member)
+            except DarkroomError as error:
+                if _is_input_lost(error) and reruns < _MAX_RERUNS:
+                    return await self._run_node(run, node, await self._remake(run, node, reruns), reruns + 1)
+                if not isinstance(error, Unavailable | Overloaded):
+                    raise
+                failure = error
+                _log.warning("node_failed", request_id=run.settings.request_id, stage=node.stage, replica=member.replica_id, reason=error.reason())
+                if isinstance(error, Unavailable):
+                    self._suspect_until_s[member.replica_id] = loop.time() + _SUSPECT_S
+                continue
+            call_s = loop.time() - start_s
+            run.timings.append(NodeTiming(node.node_id, node.stage, member.replica_id, call_s, answer.run_s, len(tried)))
+            return answer.value
+
+    async def _remake(self, run: _Run, node: Node, reruns: int) -> dict[str, Value]:
+        nodes = {other.node_id: other for other in run.graph.nodes}
+        made = {}
+        for port, source in node.sources.items():
+            inputs = {p: run.values[s].result() for p, s in nodes[source].sources.items()}
+            made[port] = await self._run_node(run, nodes[source], inputs, reruns + 1)
+        return made
+
+    async def _call(self, run: _Run, node: Node, inputs: Mapping[str, Value], member: Member) -> Answer:
+        def on_step(step: int, step_count: int) -> None:
+            run.events.put_nowait(NodeProgress(node.node_id, step, step_count))
+
+        self._running[member.replica_id] += 1
+        try:
+            return await self._stages.call(member.address, node, inputs, run.settings, on_step)
+        finally:
+            self._running[member.replica_id] -= 1
+
+    async def _place(self, node: Node, tried: list[str], failure: DarkroomError | None) -> Member:
+        """The replica to call next. Waits for one while the stage has none; raises the last failure when all were tried."""
+        untried = self._untried(node.stage, tried)
+        if not untried and isinstance(failure, Overloaded):
+            raise failure
+        if not untried:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._replica_wait_s):
+                    await self._view.wait_for(lambda _: bool(self._untried(node.stage, tried)))
+        by_id = {member.replica_id: member for member in self._untried(node.stage, tried)}
+        chosen = choose_replica([self._load(member, node.work.model_id) for member in by_id.values()])
+        if chosen is None:
+            raise failure or StageUnavailable(node.stage, "none is up")
+        _log.debug("placed", stage=node.stage, replica=chosen.replica_id, why=chosen.reason)
+        return by_id[chosen.replica_id]
+
+    def _untried(self, stage: str, tried: list[str]) -> list[Member]:
+        return [member for member in self._view.members(stage) if member.replica_id not in tried]
+
+    def _load(self, member: Member, model_id: str) -> ReplicaLoad:
+        now_s = asyncio.get_running_loop().time()
+        return ReplicaLoad(
+            replica_id=member.replica_id, running_count=self._running[member.replica_id],
+            holds_model=model_id in self._view.models_of(member.replica_id),
+            is_suspect=self._suspect_until_s.get(member.replica_id, 0.0) > now_s,
+        )
+
+
+def _is_input_lost(error: DarkroomError) -> bool:
+    """Whether the stage is well, and the replica that holds its input is not."""
+    return isinstance(error, TensorNotFound) or (isinstance(error, StageUnavailable) and error.facts["stage"] == "tensor")
+
+
+def _first(failures: BaseException) -> BaseException:
+    while isinstance(failures, BaseExceptionGroup):
+        failures = failures.exceptions[0]
+    return failures

@@ -1,0 +1,118 @@
+"""RouterService: message to graph, one domain call, events to messages."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import grpc
+
+from darkroom.registry.membership import ClusterView
+from darkroom.v1 import router_pb2, router_pb2_grpc, stage_pb2, vae_pb2
+from darkroom.wire import fields
+from darkroom.wire.graphs import parse_graph
+from darkroom.wire.times import duration
+from services.router.generation import Prompted, check_against_catalogue, plan_generation
+from services.router.running import CallSettings, GraphRunner
+from services.router.values import Finished, ImageFile, Images, Latent, NodeProgress, NodeStarted, NodeTiming
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):  # type: ignore[misc]
+    """Serves a `GraphRunner`."""
+
+    def __init__(self, runner: GraphRunner, view: ClusterView, *, default_model: str, default_deadline_s: float) -> None:
+        self._runner, self._view = runner, view
+        self._default_model, self._default_deadline_s = default_model, default_deadline_s
+
+    async def Generate(
+        self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        """Draws images from a prompt."""
+        settings = self._settings(request.request_id, request.deterministic, context)
+        plan = plan_generation(_prompted(request, self._default_model), self._view)
+        async with contextlib.aclosing(self._runner.run(plan.graph, settings)) as events:
+            async for event in events:
+                yield _generate_response(event, plan.seed)
+
+    async def RunGraph(
+        self, request: router_pb2.RunGraphRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[router_pb2.RunGraphResponse]:
+        """Runs a client's graph."""
+        settings = self._settings(request.request_id, request.deterministic, context)
+        graph = parse_graph(request.graph)
+        check_against_catalogue(graph, self._view)
+        async with contextlib.aclosing(self._runner.run(graph, settings)) as events:
+            async for event in events:
+                yield _run_graph_response(event)
+
+    def _settings(self, request_id: str, deterministic: bool, context: grpc.aio.ServicerContext) -> CallSettings:  # noqa: FBT001 - a field of the request
+        left_s = context.time_remaining()
+        allowed_s = self._default_deadline_s if left_s is None else left_s
+        deadline_s = asyncio.get_running_loop().time() + allowed_s
+        return CallSettings(request_id=fields.check_request_id(request_id), deterministic=deterministic, deadline_s=deadline_s)
+
+
+def _prompted(message: router_pb2.GenerateRequest, default_model: str) -> Prompted:
+    image_count = fields.check_count("image_count", message.image_count if message.HasField("image_count") else 1, fields.MAX_IMAGES)
+    return Prompted(
+        model_id=fields.check_model_id(message.model_id or default_model),
+        prompt=fields.check_prompt(message.prompt),
+        negative_prompt=fields.check_negative_prompt(message.negative_prompt),
+        width_px=message.width_px if message.HasField("width_px") else None,
+        height_px=message.height_px if message.HasField("height_px") else None,
+        step_count=fields.check_count("step_count", message.step_count, fields.MAX_STEPS) if message.HasField("step_count") else None,
+        guidance_scale=fields.check_guidance_scale(message.guidance_scale) if message.HasField("guidance_scale") else None,
+        seed=fields.check_seed(message.seed, image_count) if message.HasField("seed") else None,
+        image_count=image_count,
+        scheduler=message.scheduler,
+    )
+
+
+def _generate_response(event: NodeStarted | NodeProgress | Finished, seed: int) -> router_pb2.GenerateResponse:
+    if isinstance(event, NodeStarted):
+        return router_pb2.GenerateResponse(node_started=_started(event))
+    if isinstance(event, NodeProgress):
+        return router_pb2.GenerateResponse(node_progress=_progress(event))
+    images = [_image(file) for value in event.values.values() if isinstance(value, Images) for file in value.files]
+    batched = sum(value.batched_forward_count for value in event.values.values() if isinstance(value, Latent))
+    result = router_pb2.GenerateResult(
+        images=images, seed=seed, timings=[_timing(t) for t in event.timings], total_duration=duration(event.total_s),
+        batched_forward_count=batched,
+    )
+    return router_pb2.GenerateResponse(result=result)
+
+
+def _run_graph_response(event: NodeStarted | NodeProgress | Finished) -> router_pb2.RunGraphResponse:
+    if isinstance(event, NodeStarted):
+        return router_pb2.RunGraphResponse(node_started=_started(event))
+    if isinstance(event, NodeProgress):
+        return router_pb2.RunGraphResponse(node_progress=_progress(event))
+    images = [
+        router_pb2.NodeImages(node_id=node_id, images=[_image(file) for file in value.files])
+        for node_id, value in event.values.items()
+        if isinstance(value, Images)
+    ]
+    result = router_pb2.RunGraphResult(images=images, timings=[_timing(t) for t in event.timings], total_duration=duration(event.total_s))
+    return router_pb2.RunGraphResponse(result=result)
+
+
+def _stage(stage: str) -> stage_pb2.Stage:
+    return stage_pb2.Stage.Value(f"STAGE_{stage.upper()}")
+
+
+def _started(event: NodeStarted) -> router_pb2.NodeStarted:
+    return router_pb2.NodeStarted(node_id=event.node_id, stage=_stage(event.stage), replica_id=event.replica_id)
+
+
+def _progress(event: NodeProgress) -> router_pb2.NodeProgress:
+    return router_pb2.NodeProgress(node_id=event.node_id, step=event.step, step_count=event.step_count)
+
+
+def _timing(timing: NodeTiming) -> router_pb2.NodeTiming:
+    return router_pb2.NodeTiming(
+        node_id=timing.node_id, stage=_stage(timing.stage), replica_id=timing.replica_id, call_duration=duration(timing.call_s),
+        run_duration=duration(timing.run_s), attempt_count=timing.attempt_count,
+    )
+
+
+def _image(file: ImageFile) -> vae_pb2.Image:
+    return vae_pb2.Image(format=vae_pb2.IMAGE_FORMAT_PNG, data=file.data, width_px=file.width_px, height_px=file.height_px)

@@ -1,0 +1,65 @@
+"""The catalogue in the registry is the list it was published from."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from darkroom.registry import keys
+from darkroom.registry.catalogue import ModelEntry, publish_catalogue
+from darkroom.registry.membership import ClusterView
+from darkroom.registry.port import Registry
+from tests.registry.entries import make_entry
+from tests.registry.following import running, until, watching
+
+
+def test_an_entry_survives_its_json() -> None:
+    entry = make_entry("sd")
+    assert ModelEntry.from_json(entry.to_json()) == entry
+
+
+def test_fields_of_later_versions_are_passed_over() -> None:
+    fields = json.loads(make_entry("sd").to_json())
+    assert ModelEntry.from_json(json.dumps({**fields, "new": 1}).encode()) == make_entry("sd")
+
+
+@pytest.mark.parametrize("name", json.loads(make_entry("sd").to_json()))
+@pytest.mark.parametrize("value", [None, [None], {"a": 1}, -1, True, float("nan")])
+def test_an_entry_with_a_field_of_another_kind_is_refused(name: str, value: object) -> None:
+    fields = json.loads(make_entry("sd").to_json())
+    if (name, value) in (("default_guidance_scale", -1), ("default_guidance_scale", True)):
+        pytest.skip("a number")
+    with pytest.raises(ValueError, match="not a model entry"):
+        ModelEntry.from_json(json.dumps({**fields, name: value}).encode())
+
+
+@given(
+    st.binary() | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
+)
+def test_bytes_that_are_no_entry_are_refused(value: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - whoever finds it first says it in its words
+        ModelEntry.from_json(value)
+
+
+async def test_publishing_makes_the_catalogue_equal_to_the_list(registry: Registry) -> None:
+    view = ClusterView(registry)
+    async with running(view.run()):
+        await publish_catalogue(registry, [make_entry("b"), make_entry("a")])
+        await until(lambda: view.models() == (make_entry("a"), make_entry("b")))
+        changed = make_entry("b", default_step_count=4)
+        await publish_catalogue(registry, [changed, make_entry("c")])
+        await until(lambda: view.models() == (changed, make_entry("c")))
+        assert view.model("c") == make_entry("c")
+        assert view.model("a") is None
+        await publish_catalogue(registry, [])
+        await until(lambda: view.models() == ())
+
+
+async def test_publishing_the_same_list_again_writes_nothing(registry: Registry) -> None:
+    await publish_catalogue(registry, [make_entry("a")])
+    async with watching(registry, keys.MODELS) as states:
+        await publish_catalogue(registry, [make_entry("a")])
+        await registry.put(keys.model("b"), b"after")
+        await until(lambda: len(states[-1]) == 2)
+    assert len(states) == 2
