@@ -71,7 +71,7 @@ check-types: $(VENV)
 	$(BIN)/mypy
 
 check-imports: $(VENV)
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 check-protos: $(NODE_MODULES)
 	$(BUF) lint
@@ -95,7 +95,7 @@ check-generated: $(VENV)
 	@set -eu; \
 	new=$$(mktemp -d); trap 'rm -rf "$$new"' EXIT; \
 	$(GENERATE) --python_out="$$new" --pyi_out="$$new" --grpc_python_out="$$new" $(PROTOS); \
-	diff -r -x __init__.py -x __pycache__ "$$new/darkroom/v1" darkroom/v1 \
+	diff -r -x __init__.py -x __pycache__ "$$new/darkroom/v1" darkroom/v1 && echo "darkroom/v1 is what protos generate" \
 	    || { echo "darkroom/v1 is not what protos generate: run make proto" >&2; exit 1; }
 
 # A second make spends nothing here unless what is installed changed.

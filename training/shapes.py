@@ -69,7 +69,7 @@ def evaluate(folder: Path, count: int, *, steps: int = 25, guidance: float = 4.0
     """Draws `count` random scenes with the model in `folder` and reads them back with the judge."""
     rng = random.Random(2026)
     scenes = [random_scene(rng) for _ in range(count)]
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pictures = generate(pipe, scenes, steps=steps, guidance=guidance)
     return score(pictures, scenes), pictures

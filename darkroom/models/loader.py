@@ -131,7 +131,7 @@ def _component_class(model_id: str, name: str, library: str, class_name: str) ->
 
 def _load_network(kind: Any, folder: Path, device: torch.device) -> torch.nn.Module:
     dtype = torch.float32 if device.type == "cpu" else "auto"
-    network = kind.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+    network = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     network = network.to(device).eval().requires_grad_(requires_grad=False)
     assert isinstance(network, torch.nn.Module)
     return network

@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +45,26 @@ class ModelEntry:
             return cls(
                 model_id=_text(fields["model_id"]),
                 pipeline=_text(fields["pipeline"]),
-                components=tuple(_component(component) for component in fields["components"]),
-                schedulers=tuple(_text(name) for name in fields["schedulers"]),
+                components=tuple(_component(component) for component in _items(fields["components"])),
+                schedulers=tuple(_text(name) for name in _items(fields["schedulers"])),
                 default_width_px=_whole(fields["default_width_px"]),
                 default_height_px=_whole(fields["default_height_px"]),
                 size_multiple_px=_whole(fields["size_multiple_px"]),
                 default_step_count=_whole(fields["default_step_count"]),
                 default_guidance_scale=_finite(fields["default_guidance_scale"]),
             )
-        except (KeyError, TypeError, RecursionError) as error:
+        except (KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not a model entry: {error!r}") from error
 
 
-def _component(value: dict[str, object]) -> ComponentEntry:
+def _component(value: Any) -> ComponentEntry:
     return ComponentEntry(name=_text(value["name"]), size_bytes=_whole(value["size_bytes"]))
+
+
+def _items(value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise TypeError(f"expected a list, not {type(value).__name__}")
+    return value
 
 
 def _text(value: object) -> str:
@@ -74,6 +80,6 @@ def _whole(value: object) -> int:
 
 
 def _finite(value: object) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise TypeError(f"expected a finite number, not {value!r}")
     return float(value)

@@ -66,14 +66,15 @@ class StoreFolder:
         """Path and size of each file below a component's folder, in no order."""
         folders, count = [str(self._inside(self._path / name))], 0
         while folders:
-            for entry in os.scandir(folders.pop()):
-                count += 1
-                if count > _MAX_FILES:
-                    raise Refused(f"component {name} has over {_MAX_FILES} files")
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                else:
-                    yield entry.path, self._file_bytes(entry.path)
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    if count > _MAX_FILES:
+                        raise Refused(f"component {name} has over {_MAX_FILES} files")
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    else:
+                        yield entry.path, self._file_bytes(entry.path)
 
     def _file_bytes(self, path: str) -> int:
         status = self._inside(path).stat()

@@ -25,7 +25,7 @@ def _dockerfile(service: dict[str, Any]) -> Path | None:
         return None
     if isinstance(build, str):
         return ROOT / build / "Dockerfile"
-    return ROOT / build.get("context", ".") / build.get("dockerfile", "Dockerfile")
+    return ROOT / str(build.get("context", ".")) / str(build.get("dockerfile", "Dockerfile"))
 
 
 def _dockerfiles(compose: dict[str, Any]) -> set[Path]:
@@ -34,7 +34,8 @@ def _dockerfiles(compose: dict[str, Any]) -> set[Path]:
 
 
 def test_the_file_has_only_the_sections_it_needs(compose: dict[str, Any]) -> None:
-    assert set(compose) <= {"version", "name", "services", "volumes", "networks"} | {k for k in compose if k.startswith("x-")}
+    extensions = {key for key in compose if key.startswith("x-")}
+    assert set(compose) <= {"version", "name", "services", "volumes", "networks"} | extensions
     assert compose["services"]
 
 
@@ -46,9 +47,8 @@ def test_every_service_runs_an_image_or_builds_one(compose: dict[str, Any]) -> N
 
 
 def test_every_folder_of_services_has_a_container(compose: dict[str, Any]) -> None:
-    folders = {path.parent.name for path in (ROOT / "services").glob("*/__main__.py")}
-    built = {path.parent.name for path in _dockerfiles(compose)}
-    assert folders <= built
+    for folder in (path.parent.name for path in (ROOT / "services").glob("*/__main__.py")):
+        assert any(name == folder or name.startswith(f"{folder}-") for name in compose["services"]), folder
 
 
 def test_services_depend_on_services_that_exist(compose: dict[str, Any]) -> None:

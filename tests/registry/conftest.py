@@ -31,8 +31,9 @@ async def registry(request: pytest.FixtureRequest) -> AsyncIterator[Registry]:
         yield MemoryRegistry()
         return
     shared: EtcdProcess = request.getfixturevalue("shared_etcd")
-    shared.control("del", "", "--from-key=true")
     connected = EtcdRegistry([shared.endpoint])
+    for key in await connected.read("/"):
+        await connected.delete(key)
     yield connected
     await connected.close()
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darkroom.registry import keys
@@ -25,15 +25,16 @@ def test_fields_of_later_versions_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize("name", json.loads(make_entry("sd").to_json()))
-@pytest.mark.parametrize("value", [None, [None], {"a": 1}, -1, True, float("nan")])
+@pytest.mark.parametrize("value", [None, [None], {"a": 1}, True, float("nan"), 10**400])
 def test_an_entry_with_a_field_of_another_kind_is_refused(name: str, value: object) -> None:
     fields = json.loads(make_entry("sd").to_json())
-    if (name, value) in (("default_guidance_scale", -1), ("default_guidance_scale", True)):
-        pytest.skip("a number")
+    if type(value) is int and type(fields[name]) is int:
+        value = -1
     with pytest.raises(ValueError, match="not a model entry"):
         ModelEntry.from_json(json.dumps({**fields, name: value}).encode())
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.binary() | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
 )

@@ -131,16 +131,17 @@ async def test_a_watch_lists_anew_after_what_it_missed_was_compacted(
     await watcher.close()
 
 
-async def test_a_stream_that_asks_for_compacted_changes_is_lost_and_not_silent(etcd: EtcdProcess) -> None:
+async def test_a_stream_that_etcd_cannot_follow_is_lost_and_not_silent(etcd: EtcdProcess) -> None:
     connection = EtcdConnection([etcd.endpoint], deadline_s=3.0)
     for number in range(5):
         etcd.control("put", "/a/1", str(number))
     reached = (await connection.list("/a/")).revision
     etcd.control("compact", str(reached))
 
-    async with aclosing(_changes(connection, "/a/", reached - 2)) as changes:
-        with pytest.raises(RegistryUnavailable, match="compacted"):
-            await anext(changes)
+    for revision, why in ((reached - 2, "compacted"), (reached + 100, "lost")):
+        async with asyncio.timeout(5), aclosing(_changes(connection, "/a/", revision)) as changes:
+            with pytest.raises(RegistryUnavailable, match=why):
+                await anext(changes)
     await connection.close()
 
 
@@ -175,15 +176,6 @@ async def test_a_watch_sees_that_data_was_lost_even_if_revisions_have_grown_past
     await watcher.close()
 
 
-async def test_a_watch_survives_a_freeze(etcd: EtcdProcess, etcd_registry: EtcdRegistry) -> None:
-    async with watching(etcd_registry, "/a/") as states:
-        etcd.freeze()
-        await asyncio.sleep(3.0)
-        etcd.thaw()
-        await etcd_registry.put("/a/1", b"one")
-        assert await until(lambda: states[-1] == {"/a/1": b"one"}) < 2
-
-
 async def test_a_watch_leaves_a_frozen_etcd_for_another_endpoint(etcd: EtcdProcess, line: Line) -> None:
     through_line = await line.open()
     registry = EtcdRegistry([through_line, etcd.endpoint])
@@ -199,7 +191,7 @@ async def test_a_watch_notices_a_network_that_drops_everything(etcd: EtcdProcess
     async with watching(registry, "/a/") as states:
         line.stall()
         await asyncio.to_thread(etcd.control, "put", "/a/1", "one")
-        await asyncio.sleep(4.0)
+        await asyncio.sleep(3.5)
         assert states == [{}]
         line.cut()
         line.flow()
@@ -212,7 +204,7 @@ async def test_an_idle_watch_stays_open(shared_etcd: EtcdProcess) -> None:
     registry = EtcdRegistry([shared_etcd.endpoint])
     await registry.put("/idle/1", b"one")
     async with watching(registry, "/idle/") as states:
-        await asyncio.sleep(2.5)
+        await asyncio.sleep(1.5)
         started_s = time.monotonic()
         await registry.put("/idle/1", b"two")
         await until(lambda: states[-1] == {"/idle/1": b"two"})

@@ -135,8 +135,7 @@ def test_a_folder_whose_name_is_no_model_id_is_refused(tmp_path: Path, name: str
 
 
 def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
-    folder = make_model(tmp_path)
-    os.rename(os.fsencode(folder), os.fsencode(tmp_path) + b"/\xff\xfe")
+    make_model(tmp_path).rename(tmp_path / os.fsdecode(b"\xff\xfe"))
     reason(tmp_path, "\ufffd\ufffd").encode()
 
 
@@ -271,17 +270,6 @@ def test_links_inside_the_store_are_followed(tmp_path: Path) -> None:
     assert entry.components[0].size_bytes > 1100
 
 
-def test_a_very_deep_folder_is_walked(tmp_path: Path) -> None:
-    here = os.open(make_model(tmp_path) / "vae", os.O_RDONLY)
-    for _ in range(1500):
-        os.mkdir("d", dir_fd=here)
-        deeper = os.open("d", os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = deeper
-    os.close(here)
-    assert [entry.model_id for entry in read_model_store(tmp_path).models] == ["sd"]
-
-
 def test_one_model_refused_does_not_hide_the_others(tmp_path: Path) -> None:
     make_model(tmp_path, "a")
     write(make_model(tmp_path, "b") / "model_index.json", b"{")
@@ -299,8 +287,9 @@ def test_a_store_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_the_registry_needs_no_torch_and_little_memory() -> None:
     modules = "membership, catalogue, etcd, memory"
     code = (
-        f"from darkroom.registry import {modules}\nimport resource, sys\n"
+        f"from darkroom.registry import {modules}\nimport pathlib, sys\n"
         "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & sys.modules.keys()\n"
-        "assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 100_000\n"
+        "peak = pathlib.Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]\n"
+        "assert int(peak) < 100_000, peak\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
