@@ -20,17 +20,32 @@ from rich.table import Table
 
 from darkroom import client as darkroom_client
 from darkroom.errors import DarkroomError, InvalidRequest, NotFound
-from darkroom.runtime.cluster import Addresses, ClusterConfig, LocalCluster, clear_state, read_state, write_state
+from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
 from darkroom.runtime.processes import ChildFailed
 
 DEFAULT_ROUTER_PORT = 7600
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Serves diffusion models as separate gRPC services.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Serves diffusion models as separate gRPC services.",
+    pretty_exceptions_enable=False,
+)
 _out, _err = Console(), Console(stderr=True)
 
-StorePath = Annotated[Path, typer.Option(envvar="DARKROOM_MODEL_STORE", help="Folder of models in diffusers' directory format.")]
-RouterAddress = Annotated[str, typer.Option(envvar="DARKROOM_ROUTER", help="Router to talk to, host:port. Default: the cluster of `darkroom up`.")]
-CachemgrAddress = Annotated[str, typer.Option(envvar="DARKROOM_CACHEMGR", help="Cache manager to ask, host:port. Default: the cluster of `darkroom up`.")]
+StorePath = Annotated[
+    Path, typer.Option(envvar="DARKROOM_MODEL_STORE", help="Folder of models in diffusers' directory format.")
+]
+RouterAddress = Annotated[
+    str,
+    typer.Option(envvar="DARKROOM_ROUTER", help="Router to talk to, host:port. Default: the cluster of `darkroom up`."),
+]
+CachemgrAddress = Annotated[
+    str,
+    typer.Option(
+        envvar="DARKROOM_CACHEMGR", help="Cache manager to ask, host:port. Default: the cluster of `darkroom up`."
+    ),
+]
 
 
 def default_store() -> Path:
@@ -54,17 +69,29 @@ def up(  # noqa: PLR0917 - a command's options
     vaes: Annotated[int, typer.Option(min=1)] = 1,
     device: Annotated[str, typer.Option(help="torch device, for example cuda:0.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="torch threads of each stage process.")] = 1,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the router; 0 takes a free one.")] = DEFAULT_ROUTER_PORT,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the router; 0 takes a free one.")
+    ] = DEFAULT_ROUTER_PORT,
     model_store: StorePath = Path(),
     default_model: Annotated[str, typer.Option(help="Model of requests that name none.")] = "shapes",
-    logs: Annotated[Path | None, typer.Option(help="Folder for the processes' logs. Default: one that goes with the cluster.")] = None,
+    logs: Annotated[
+        Path | None, typer.Option(help="Folder for the processes' logs. Default: one that goes with the cluster.")
+    ] = None,
     *,
     reflection: Annotated[bool, typer.Option(help="Answer gRPC reflection.")] = True,
 ) -> None:
     """Start a whole cluster on this machine, in the foreground; Ctrl-C stops it."""
     config = _cluster_config(
-        encoders=encoders, denoisers=denoisers, vaes=vaes, device=device, threads=threads, router_port=port, reflection=reflection,
-        model_store=model_store if model_store != Path() else default_store(), default_model=default_model, log_folder=logs,
+        encoders=encoders,
+        denoisers=denoisers,
+        vaes=vaes,
+        device=device,
+        threads=threads,
+        router_port=port,
+        reflection=reflection,
+        model_store=model_store if model_store != Path() else default_store(),
+        default_model=default_model,
+        log_folder=logs,
     )
     _run(_up(config))
 
@@ -74,7 +101,9 @@ async def _up(config: ClusterConfig) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    cluster = LocalCluster(config, on_death=lambda name, code: _err.print(f"[yellow]{name} died with {code}; starting it again[/]"))
+    cluster = LocalCluster(
+        config, on_death=lambda name, code: _err.print(f"[yellow]{name} died with {code}; starting it again[/]")
+    )
     with _err.status("Starting etcd, cache manager, router and stages…"):
         starting = asyncio.ensure_future(cluster.__aenter__())
         stopping = asyncio.ensure_future(stop.wait())
@@ -97,17 +126,25 @@ async def _up(config: ClusterConfig) -> None:
 
 def _banner(config: ClusterConfig, cluster: LocalCluster) -> None:
     where = cluster.addresses
-    _out.print(f"[bold green]Darkroom is up[/] · {config.encoders} encoder · {config.denoisers} denoiser · {config.vaes} vae on {config.device}")
+    _out.print(
+        f"[bold green]Darkroom is up[/] · {config.encoders} encoder · {config.denoisers} denoiser · {config.vaes} vae"
+        f" on {config.device}"
+    )
     for name, address in (("router", where.router), ("cache manager", where.cachemgr), ("etcd", where.etcd)):
         _out.print(f"  {name:14} {address}")
     _out.print(f"  {'logs':14} {cluster.log_folder}", soft_wrap=True)
-    _out.print('Draw:  [bold]darkroom run "a small red circle at the left on a white background" -o circle.png[/]', soft_wrap=True)
+    _out.print(
+        'Draw:  [bold]darkroom run "a small red circle at the left on a white background" -o circle.png[/]',
+        soft_wrap=True,
+    )
 
 
 @app.command()
 def run(  # noqa: PLR0917 - a command's options
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG file to write; several images get -0, -1, … before the suffix.")] = Path("darkroom.png"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PNG file to write; several images get -0, -1, … before the suffix.")
+    ] = Path("darkroom.png"),
     model: Annotated[str, typer.Option(help="Model id. Default: the router's.")] = "",
     steps: Annotated[int | None, typer.Option()] = None,
     guidance: Annotated[float | None, typer.Option()] = None,
@@ -120,35 +157,56 @@ def run(  # noqa: PLR0917 - a command's options
     router: RouterAddress = "",
     model_store: StorePath = Path(),
     *,
-    deterministic: Annotated[bool, typer.Option(help="Same pixels as plain diffusers, bit for bit: never batched.")] = False,
+    deterministic: Annotated[
+        bool, typer.Option(help="Same pixels as plain diffusers, bit for bit: never batched.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")] = False,
 ) -> None:
     """Draw a picture. Starts a cluster for the occasion if none is up."""
     width, height = _parse_size(size)
     drawing = darkroom_client.Drawing(
-        prompt=prompt, model_id=model, negative_prompt=negative, width_px=width, height_px=height, step_count=steps,
-        guidance_scale=guidance, seed=seed, image_count=count, scheduler=scheduler, deterministic=deterministic,
+        prompt=prompt,
+        model_id=model,
+        negative_prompt=negative,
+        width_px=width,
+        height_px=height,
+        step_count=steps,
+        guidance_scale=guidance,
+        seed=seed,
+        image_count=count,
+        scheduler=scheduler,
+        deterministic=deterministic,
     )
     store = model_store if model_store != Path() else default_store()
     _run(_draw(drawing, output, router, store, timeout_s=timeout, as_json=as_json))
 
 
-async def _draw(drawing: darkroom_client.Drawing, output: Path, router: str, store: Path, *, timeout_s: float, as_json: bool) -> None:
+async def _draw(
+    drawing: darkroom_client.Drawing, output: Path, router: str, store: Path, *, timeout_s: float, as_json: bool
+) -> None:
     async with _some_router(router, store) as address, darkroom_client.Client(router_address=address) as client:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=_err, transient=True, disable=as_json or not _err.is_terminal) as bar:
             task = bar.add_task("waiting", total=None)
             drawn = await client.draw(
-                drawing, timeout_s=timeout_s,
-                on_progress=lambda p: bar.update(task, description=p.stage, completed=p.step, total=p.step_count or None),
+                drawing,
+                timeout_s=timeout_s,
+                on_progress=lambda p: bar.update(
+                    task, description=p.stage, completed=p.step, total=p.step_count or None
+                ),
             )
     files = write_images(drawn.images, output)
     stages = {stage.stage: round(stage.call_s, 4) for stage in drawn.stages}
     if as_json:
-        print(json.dumps({"files": [str(f) for f in files], "seed": drawn.seed, "total_s": round(drawn.total_s, 4), "stages_s": stages}))  # noqa: T201 - the answer
+        answer = {"files": [str(f) for f in files], "seed": drawn.seed, "total_s": round(drawn.total_s, 4)}
+        print(json.dumps({**answer, "stages_s": stages}))  # noqa: T201 - the answer
         return
     parts = " · ".join(f"{stage} {taken_s:.3f} s" for stage, taken_s in stages.items())
-    _out.print(f"[green]{', '.join(map(str, files))}[/]  seed {drawn.seed} · {drawn.total_s:.3f} s: {parts}", soft_wrap=True, highlight=False)
+    _out.print(
+        f"[green]{', '.join(map(str, files))}[/]  seed {drawn.seed} · {drawn.total_s:.3f} s: {parts}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 @contextlib.asynccontextmanager
@@ -193,18 +251,36 @@ async def _ps(cachemgr: str, *, as_json: bool) -> None:
     table = Table("replica", "stage", "address", "device", "running", "finished", "requests/batch", "holds")
     for row in rows:
         holds = "; ".join(
-            f"{model}: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in networks.items() if size) for model, networks in row["models"].items()
+            f"{model}: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in networks.items() if size)
+            for model, networks in row["models"].items()
         )
-        load = ("–", "–", "–") if row["running"] is None else (str(row["running"]), str(row["finished"]), f"{row['requests_per_batch']:.2f}")
-        table.add_row(row["replica_id"], row["stage"], row["address"], row["device"], *load, holds if row["running"] is not None else "[red]does not answer[/]")
+        load = (
+            ("–", "–", "–")
+            if row["running"] is None
+            else (str(row["running"]), str(row["finished"]), f"{row['requests_per_batch']:.2f}")
+        )
+        table.add_row(
+            row["replica_id"],
+            row["stage"],
+            row["address"],
+            row["device"],
+            *load,
+            holds if row["running"] is not None else "[red]does not answer[/]",
+        )
     _out.print(table)
 
 
 def _replica_row(report: darkroom_client.ReplicaReport) -> dict[str, Any]:
     listed, state = report.listed, report.state
     row: dict[str, Any] = {
-        "replica_id": listed.replica_id, "stage": darkroom_client.stage_name(listed.stage), "address": listed.address, "device": listed.device,
-        "running": None, "finished": None, "requests_per_batch": None, "models": {model_id: {} for model_id in listed.model_ids},
+        "replica_id": listed.replica_id,
+        "stage": darkroom_client.stage_name(listed.stage),
+        "address": listed.address,
+        "device": listed.device,
+        "running": None,
+        "finished": None,
+        "requests_per_batch": None,
+        "models": {model_id: {} for model_id in listed.model_ids},
     }
     if state is not None:
         row["running"], row["finished"] = state.running_count, state.finished_count
@@ -225,9 +301,14 @@ async def _models(cachemgr: str, *, as_json: bool) -> None:
     if as_json:
         rows = [
             {
-                "model_id": m.model_id, "pipeline": m.pipeline, "size_bytes": sum(c.size_bytes for c in m.components),
-                "width_px": m.default_width_px, "height_px": m.default_height_px, "step_count": m.default_step_count,
-                "guidance_scale": m.default_guidance_scale, "schedulers": list(m.schedulers),
+                "model_id": m.model_id,
+                "pipeline": m.pipeline,
+                "size_bytes": sum(c.size_bytes for c in m.components),
+                "width_px": m.default_width_px,
+                "height_px": m.default_height_px,
+                "step_count": m.default_step_count,
+                "guidance_scale": m.default_guidance_scale,
+                "schedulers": list(m.schedulers),
             }
             for m in found
         ]
@@ -236,7 +317,8 @@ async def _models(cachemgr: str, *, as_json: bool) -> None:
     table = Table("model", "pipeline", "size", "default", "schedulers")
     for m in found:
         size = f"{sum(c.size_bytes for c in m.components) / 1e6:.1f} MB"
-        default = f"{m.default_width_px}x{m.default_height_px}, {m.default_step_count} steps, guidance {m.default_guidance_scale:g}"
+        default = f"{m.default_width_px}x{m.default_height_px}, {m.default_step_count} steps"
+        default += f", guidance {m.default_guidance_scale:g}"
         table.add_row(m.model_id, m.pipeline, size, default, ", ".join(m.schedulers))
     _out.print(table)
 
@@ -277,7 +359,7 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
         _err.print(f"[red]{error}[/]")
         raise typer.Exit(error.code) from error
     except (ChildFailed, TimeoutError, FileNotFoundError) as error:
-        _err.print(f"[red]{error or 'the cluster did not become ready in time'}[/]", highlight=False)
+        _err.print(f"[red]{str(error) or 'the cluster did not become ready in time'}[/]", highlight=False)
         raise typer.Exit(1) from error
     except grpc.aio.AioRpcError as error:
         _err.print(f"[red]the cluster failed: {error.details()}[/] ({error.code().name})", highlight=False)

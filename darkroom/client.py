@@ -88,11 +88,15 @@ class Client:
         """The client itself."""
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Closes the connections."""
         await self._channels.close()
 
-    async def draw(self, drawing: Drawing, *, timeout_s: float = 300.0, on_progress: Callable[[Progress], None] = lambda _: None) -> Drawn:
+    async def draw(
+        self, drawing: Drawing, *, timeout_s: float = 300.0, on_progress: Callable[[Progress], None] = lambda _: None
+    ) -> Drawn:
         """Draws the images; `on_progress` hears of each stage and step."""
         stub = router_pb2_grpc.RouterServiceStub(self._channels.to(self._router))
         result: router_pb2.GenerateResult | None = None
@@ -113,7 +117,9 @@ class Client:
     async def models(self) -> list[cachemgr_pb2.Model]:
         """The catalogue."""
         try:
-            response = await self._cache_manager().ListModels(cachemgr_pb2.ListModelsRequest(), timeout=_QUESTION_TIMEOUT_S)
+            response = await self._cache_manager().ListModels(
+                cachemgr_pb2.ListModelsRequest(), timeout=_QUESTION_TIMEOUT_S
+            )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, "cachemgr") or error from error
         return list(response.models)
@@ -121,7 +127,9 @@ class Client:
     async def replicas(self) -> list[ReplicaReport]:
         """Every stage replica that is up, each asked for its state."""
         try:
-            response = await self._cache_manager().DescribeCache(cachemgr_pb2.DescribeCacheRequest(), timeout=_QUESTION_TIMEOUT_S)
+            response = await self._cache_manager().DescribeCache(
+                cachemgr_pb2.DescribeCacheRequest(), timeout=_QUESTION_TIMEOUT_S
+            )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, "cachemgr") or error from error
         states = await asyncio.gather(*(self._describe(replica.address) for replica in response.replicas))
@@ -133,7 +141,9 @@ class Client:
     async def _describe(self, address: str) -> stage_pb2.DescribeReplicaResponse | None:
         stub = stage_pb2_grpc.StageServiceStub(self._channels.to(address))
         try:
-            answer: stage_pb2.DescribeReplicaResponse = await stub.DescribeReplica(stage_pb2.DescribeReplicaRequest(), timeout=_QUESTION_TIMEOUT_S)
+            answer: stage_pb2.DescribeReplicaResponse = await stub.DescribeReplica(
+                stage_pb2.DescribeReplicaRequest(), timeout=_QUESTION_TIMEOUT_S
+            )
         except grpc.aio.AioRpcError:
             return None  # shown as not answering
         return answer
@@ -146,21 +156,36 @@ def stage_name(stage: int) -> str:
 
 def _request(drawing: Drawing) -> router_pb2.GenerateRequest:
     return router_pb2.GenerateRequest(
-        request_id=drawing.request_id, model_id=drawing.model_id, prompt=drawing.prompt, negative_prompt=drawing.negative_prompt,
-        width_px=drawing.width_px, height_px=drawing.height_px, step_count=drawing.step_count, guidance_scale=drawing.guidance_scale,
-        seed=drawing.seed, image_count=drawing.image_count, scheduler=drawing.scheduler, deterministic=drawing.deterministic,
+        request_id=drawing.request_id,
+        model_id=drawing.model_id,
+        prompt=drawing.prompt,
+        negative_prompt=drawing.negative_prompt,
+        width_px=drawing.width_px,
+        height_px=drawing.height_px,
+        step_count=drawing.step_count,
+        guidance_scale=drawing.guidance_scale,
+        seed=drawing.seed,
+        image_count=drawing.image_count,
+        scheduler=drawing.scheduler,
+        deterministic=drawing.deterministic,
     )
 
 
 def _drawn(result: router_pb2.GenerateResult) -> Drawn:
     stages = tuple(
         StageTime(
-            stage=stage_name(t.stage), replica_id=t.replica_id, call_s=seconds(t.call_duration), run_s=seconds(t.run_duration),
+            stage=stage_name(t.stage),
+            replica_id=t.replica_id,
+            call_s=seconds(t.call_duration),
+            run_s=seconds(t.run_duration),
             attempt_count=t.attempt_count,
         )
         for t in result.timings
     )
     return Drawn(
-        images=tuple(image.data for image in result.images), seed=result.seed, stages=stages, total_s=seconds(result.total_duration),
+        images=tuple(image.data for image in result.images),
+        seed=result.seed,
+        stages=stages,
+        total_s=seconds(result.total_duration),
         batched_forward_count=result.batched_forward_count,
     )

@@ -123,7 +123,9 @@ class QueueFull(Overloaded):
     """The replica has as many requests as it accepts."""
 
     def __init__(self, limit: str, retry_after_s: str) -> None:
-        super().__init__(f"{limit} requests are running; try again in {retry_after_s} s", limit=limit, retry_after_s=retry_after_s)
+        super().__init__(
+            f"{limit} requests are running; try again in {retry_after_s} s", limit=limit, retry_after_s=retry_after_s
+        )
         self.retry_after_s = float(retry_after_s)
 
 

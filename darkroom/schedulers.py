@@ -1,4 +1,4 @@
-"""The schedulers a request may name, and what each is in diffusers. Data only, so that every service can check a name."""
+"""The schedulers a request may name, and what each is in diffusers. Data only: every service can check a name."""
 
 from dataclasses import dataclass
 

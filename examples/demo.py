@@ -1,6 +1,6 @@
 """Starts a whole cluster, draws a few prompts through it at once, shows where the time went, and cleans up.
 
-    make demo
+make demo
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from darkroom.runtime.cluster import ClusterConfig, LocalCluster
 from darkroom.runtime.processes import ChildFailed
 
 OUT = Path("out")
+NOT_READY = "the cluster did not become ready in time"
 PROMPTS = (
     "a large red circle in the center on a white background",
     "a small blue star at the left on a beige background",
@@ -36,7 +37,13 @@ _console = Console(soft_wrap=True, highlight=False)
 
 async def draw_all(client: Client) -> list[Drawn]:
     """Draws every prompt at the same time, a progress bar for each."""
-    with Progress(TextColumn("{task.description:58}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[stage]}"), console=_console) as bars:
+    with Progress(
+        TextColumn("{task.description:58}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[stage]}"),
+        console=_console,
+    ) as bars:
 
         async def draw(number: int, prompt: str) -> Drawn:
             bar = bars.add_task(prompt, total=None, stage="waiting")
@@ -59,7 +66,9 @@ def contact_sheet(pictures: list[Image.Image], columns: int, scale: int = 2) -> 
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
     for i, picture in enumerate(pictures):
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (i % columns * width, i // columns * height))
+        sheet.paste(
+            picture.resize((width, height), Image.Resampling.NEAREST), (i % columns * width, i // columns * height)
+        )
     return sheet
 
 
@@ -70,20 +79,27 @@ async def main() -> None:
     with _console.status("Starting etcd, cache manager, router, encoder, 2 denoisers and vae, each a process…"):
         cluster = await LocalCluster(config).__aenter__()
     try:
-        _console.print(f"Cluster up in {time.monotonic() - start_s:.1f} s: {len(cluster.children)} processes, router at {cluster.addresses.router}")
+        up_s = time.monotonic() - start_s
+        _console.print(
+            f"Cluster up in {up_s:.1f} s: {len(cluster.children)} processes, router {cluster.addresses.router}"
+        )
         async with Client(router_address=cluster.addresses.router) as client:
             results = await draw_all(client)
     finally:
         await cluster.stop()
-    pictures = []
+    pictures: list[Image.Image] = []
     for number, (prompt, drawn) in enumerate(zip(PROMPTS, results, strict=True)):
         file = OUT / f"{number}-{prompt.split(' on ')[0].replace(' ', '-')}.png"
         file.write_bytes(drawn.images[0])
         pictures.append(Image.open(io.BytesIO(drawn.images[0])))
         times = " · ".join(f"{stage.stage} {stage.call_s:.3f} s" for stage in drawn.stages)
-        _console.print(f"{file}: {drawn.total_s:.3f} s = {times}; {drawn.batched_forward_count} of its UNet forwards shared a batch")
+        _console.print(
+            f"{file}: {drawn.total_s:.3f} s = {times}; {drawn.batched_forward_count} UNet forwards shared a batch"
+        )
     contact_sheet(pictures, columns=4).save(OUT / "contact-sheet.png")
-    _console.print(f"{OUT / 'contact-sheet.png'}: all of them. Everything is stopped. {time.monotonic() - start_s:.1f} s in all.")
+    _console.print(
+        f"{OUT / 'contact-sheet.png'}: all of them. Everything is stopped. {time.monotonic() - start_s:.1f} s in all."
+    )
 
 
 def run() -> int:
@@ -102,7 +118,7 @@ def run() -> int:
         _console.print("Interrupted; everything is stopped.")
         return 130
     except (DarkroomError, ChildFailed, TimeoutError, OSError) as error:
-        _console.print(f"[red]The demo failed: {error or 'the cluster did not become ready in time'}[/]; logs are in {OUT / 'logs'}")
+        _console.print(f"[red]The demo failed: {str(error) or NOT_READY}[/]; logs are in {OUT / 'logs'}")
         return 1
     return 0
 

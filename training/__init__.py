@@ -1,1 +1,1 @@
-"""Makes the small models that ship with Darkroom: data, tokenizer, VAE, denoiser and the judge that reads their pictures."""
+"""Makes the small models that ship with Darkroom: data, tokenizer, VAE, denoiser, and the judge of their pictures."""

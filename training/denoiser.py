@@ -6,7 +6,6 @@ usual schedule a flat background leaks through the last step's noise, and at inf
 
 import copy
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +14,19 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from training.descent import descend
 from training.scenes import Scene, loose_caption
 from training.tokenizer import MAX_TOKENS
 from training.vae import LATENT_CHANNELS
 
-NOISE_SCHEDULE = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "v_prediction", "clip_sample": False, "steps_offset": 1}
+NOISE_SCHEDULE = {
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 TEXT_WIDTH = 128
 _EMA_DECAY = 0.998
 
@@ -61,12 +68,21 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 class DenoiserTraining:
     """The two networks in training, their averaged copies, and the data they learn from."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, scenes: list[Scene], latents: torch.Tensor) -> None:
-        """`latents`: [N, 8, 8, 8], scaled to unit deviation, in the order of `scenes`."""
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        scenes: list[Scene],
+        latents: torch.Tensor,
+        *,
+        start: tuple[CLIPTextModel, UNet2DConditionModel] | None = None,
+    ) -> None:
+        """`latents`: [N, 8, 8, 8], scaled to unit deviation, in `scenes`' order; `start`: networks to go on from."""
         torch.manual_seed(1)
         self._rng = random.Random(1)
         self._tokenizer, self._scenes, self._latents = tokenizer, scenes, latents
-        self.text_encoder, self.unet = make_text_encoder(tokenizer).train(), make_unet().train()
+        self.text_encoder, self.unet = start or (make_text_encoder(tokenizer), make_unet())
+        self.text_encoder.train()
+        self.unet.train()
         self._noise = DDPMScheduler(**{k: v for k, v in NOISE_SCHEDULE.items() if k != "steps_offset"})
         self._live = [*self.text_encoder.parameters(), *self.unet.parameters()]
         self._mean_text, self._mean_unet = copy.deepcopy(self.text_encoder).eval(), copy.deepcopy(self.unet).eval()
@@ -81,7 +97,9 @@ class DenoiserTraining:
         """The v-prediction error of a random batch; one caption in ten is empty, for guidance."""
         rows = torch.randint(len(self._scenes), (batch,))
         texts = ["" if self._rng.random() < 0.1 else loose_caption(self._scenes[i], self._rng) for i in rows.tolist()]
-        ids = self._tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+        ids = self._tokenizer(
+            texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
         embedding_BTD = self.text_encoder(ids)[0]
         latent_BCHW = self._latents[rows]
         noise_BCHW = torch.randn_like(latent_BCHW)
@@ -90,32 +108,40 @@ class DenoiserTraining:
         target_BCHW = self._noise.get_velocity(latent_BCHW, noise_BCHW, timestep_B)
         return F.mse_loss(self.unet(noisy_BCHW, timestep_B, embedding_BTD).sample, target_BCHW)
 
-    def run(self, *, steps: int, batch: int = 64, limit_s: float = float("inf"), log: Path | None = None,
-            each: Callable[[int], None] | None = None) -> list[float]:
+    def run(
+        self,
+        *,
+        steps: int,
+        batch: int = 64,
+        peak: float = 1.2e-3,
+        limit_s: float = float("inf"),
+        log: Path | None = None,
+        each: Callable[[int], None] | None = None,
+    ) -> list[float]:
         """Trains for `steps` steps or `limit_s` seconds, whichever ends first. Returns the loss of each step."""
-        peak = 1.2e-3
         optimizer = torch.optim.AdamW(self._live, lr=peak, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-        losses: list[float] = []
-        start_s = time.monotonic()
-        for step in range(steps):
-            progress = max(step / steps, (time.monotonic() - start_s) / limit_s)
-            if progress >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1.0, (step + 1) / 200) * max(0.01, 1 - progress)
-            loss = self.loss(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._live, 1.0)
-            optimizer.step()
+
+        def after(step: int) -> None:
             self._average(step)
-            losses.append(loss.item())
-            if log and step % 100 == 0:
-                with log.open("a") as out:
-                    out.write(f"denoiser {step} {time.monotonic() - start_s:.0f}s loss {sum(losses[-100:]) / len(losses[-100:]):.4f}\n")
             if each:
                 each(step)
-        return losses
+
+        def note(step: int, seconds: float, loss: float) -> None:
+            if log:
+                with log.open("a") as out:
+                    out.write(f"denoiser {step} {seconds:.0f}s loss {loss:.4f}\n")
+
+        return descend(
+            lambda: self.loss(batch),
+            self._live,
+            optimizer,
+            peak=peak,
+            steps=steps,
+            limit_s=limit_s,
+            warmup=200,
+            note=note,
+            each=after,
+        )
 
     @torch.no_grad()
     def _average(self, step: int) -> None:

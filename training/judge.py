@@ -39,7 +39,14 @@ def _templates() -> tuple[tuple[str, str, np.ndarray], ...]:
 def read(picture: np.ndarray) -> Scene | None:
     """Reads the scene off a picture [SIZE_PX, SIZE_PX, 3] uint8; None when no shape stands out."""
     pixels = picture.astype(np.float32)
-    frame = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    frame = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
     ground = np.median(frame, axis=0)
     distance = np.abs(pixels - ground).sum(2)
     core = np.quantile(distance, 0.985)
@@ -53,7 +60,9 @@ def read(picture: np.ndarray) -> Scene | None:
     moved = _centred(mask)
     overlap = [((moved & t).sum() / (moved | t).sum(), shape, size) for shape, size, t in _templates()]
     _, shape, size = max(overlap)
-    return Scene(size=size, colour=_nearest(colour, COLOURS), shape=shape, place=place, background=_nearest(ground, BACKGROUNDS))
+    return Scene(
+        size=size, colour=_nearest(colour, COLOURS), shape=shape, place=place, background=_nearest(ground, BACKGROUNDS)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +82,11 @@ def score(pictures: np.ndarray, asked: list[Scene]) -> Score:
     """Compares what is read off `pictures` [N, H, W, 3] uint8 with what was asked for."""
     seen = [read(picture) for picture in pictures]
     names = ("colour", "shape", "place", "background", "size")
-    right = np.array([[s is not None and getattr(s, n) == getattr(a, n) for n in names] for s, a in zip(seen, asked, strict=True)])
-    return Score(*right.mean(0).tolist(), all_four=float(right[:, :4].all(1).mean()), count=len(asked))
+    right = np.array(
+        [[s is not None and getattr(s, n) == getattr(a, n) for n in names] for s, a in zip(seen, asked, strict=True)]
+    )
+    shares = dict(zip(names, right.mean(0).tolist(), strict=True))
+    return Score(**shares, all_four=float(right[:, :4].all(1).mean()), count=len(asked))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,20 @@ def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
         return [(x, y - 1.1 * r), (x + 0.75 * r, y), (x, y + 1.1 * r), (x - 0.75 * r, y)]
     if shape == "cross":
         a = 0.36 * r
-        corners = [(-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r), (-a, r), (-a, a), (-r, a), (-r, -a), (-a, -a)]
+        corners = [
+            (-a, -r),
+            (a, -r),
+            (a, -a),
+            (r, -a),
+            (r, a),
+            (a, a),
+            (a, r),
+            (-a, r),
+            (-a, a),
+            (-r, a),
+            (-r, -a),
+            (-a, -a),
+        ]
         return [(x + dx, y + dy) for dx, dy in corners]
     radii = [1.15 * r if i % 2 == 0 else 0.5 * r for i in range(10)]
     return [(x + q * math.sin(i * math.pi / 5), y - q * math.cos(i * math.pi / 5)) for i, q in enumerate(radii)]

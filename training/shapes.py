@@ -2,10 +2,11 @@
 
     python -m training.shapes --vae-s 900 --denoiser-s 3000 --out models/shapes
 
-Weights are stored in half precision, and config.json says float32: half the bytes, and every loader computes in float32.
+Weights are stored in half precision, and config.json says float32: half the bytes, and loaders compute in float32.
 """
 
 import argparse
+import copy
 import json
 import random
 import time
@@ -21,17 +22,25 @@ from training.denoiser import NOISE_SCHEDULE, DenoiserTraining
 from training.judge import Score, score
 from training.scenes import Scene, caption, make_dataset, random_scene
 from training.tokenizer import make_tokenizer
-from training.vae import encode_all, reconstruct, train_vae
+from training.vae import encode_all, reconstruct, refine_decoder, train_vae
 
 DATASET_SEED = 0
 _SECONDS_BETWEEN_SNAPSHOTS = 420
 
 
-def assemble(vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+def assemble(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, unet: UNet2DConditionModel, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
     """The pipeline as users get it: DDIM over the noise schedule of the training."""
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -47,20 +56,30 @@ def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 @torch.no_grad()
-def generate(pipe: StableDiffusionPipeline, scenes: list[Scene], *, steps: int = 25, guidance: float = 4.0, seed: int = 0) -> np.ndarray:
+def generate(
+    pipe: StableDiffusionPipeline, scenes: list[Scene], *, steps: int = 25, guidance: float = 4.0, seed: int = 0
+) -> np.ndarray:
     """Draws each scene's canonical caption, seeds counted up from `seed`. Returns [N, H, W, 3] uint8."""
     pictures = []
     for start in range(0, len(scenes), 25):
         part = scenes[start : start + 25]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        answer = pipe([caption(s) for s in part], num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np")
+        answer = pipe(
+            [caption(s) for s in part],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="np",
+        )
         pictures.append((answer.images * 255).round().astype(np.uint8))
     return np.concatenate(pictures)
 
 
 def contact_sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
     """Pictures [N, H, W, 3] side by side, `columns` in a row; the last row is dropped if it is not full."""
-    rows = [np.concatenate(list(pictures[i : i + columns]), axis=1) for i in range(0, len(pictures) - columns + 1, columns)]
+    rows = [
+        np.concatenate(list(pictures[i : i + columns]), axis=1) for i in range(0, len(pictures) - columns + 1, columns)
+    ]
     sheet = Image.fromarray(np.concatenate(rows))
     return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
 
@@ -77,15 +96,7 @@ def evaluate(folder: Path, count: int, *, steps: int = 25, guidance: float = 4.0
 
 def main() -> None:
     """Trains everything within the given times, saving a snapshot of the whole model every few minutes."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae-s", type=float, default=900, help="seconds to train the VAE")
-    parser.add_argument("--denoiser-s", type=float, default=3000, help="seconds to train the text encoder and UNet")
-    parser.add_argument("--scenes", type=int, default=20000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vae", type=Path, help="take this trained VAE instead of training one")
-    parser.add_argument("--out", type=Path, default=Path("models/shapes"))
-    parser.add_argument("--log", type=Path, default=Path("out/training.log"))
-    options = parser.parse_args()
+    options = _options()
     torch.set_num_threads(options.threads)
     options.log.parent.mkdir(parents=True, exist_ok=True)
     data = make_dataset(options.scenes, DATASET_SEED)
@@ -95,29 +106,54 @@ def main() -> None:
     else:
         vae, _ = train_vae(data, steps=100_000, limit_s=options.vae_s, log=options.log)
         vae.save_pretrained(options.out.parent / ".vae-float32")
-    note(options.log, f"vae reconstruction {score(reconstruct(vae, pictures[:300]).numpy(), data.scenes[:300])}")
-    training = DenoiserTraining(make_tokenizer(), data.scenes, encode_all(vae, pictures) * vae.config.scaling_factor)
+    start = None
+    if options.go_on_from:
+        begun = StableDiffusionPipeline.from_pretrained(options.go_on_from, safety_checker=None, dtype=torch.float32)
+        start = begun.text_encoder, begun.unet
+    training = DenoiserTraining(
+        make_tokenizer(), data.scenes, encode_all(vae, pictures) * vae.config.scaling_factor, start=start
+    )
     next_s = time.monotonic() + _SECONDS_BETWEEN_SNAPSHOTS
 
     def snapshot(step: int) -> None:
         nonlocal next_s
         if time.monotonic() > next_s:
-            publish(vae, training, options.out, 60, options.log, step)
+            publish(vae, training, options.out, count=60, log=options.log, step=step)
             next_s = time.monotonic() + _SECONDS_BETWEEN_SNAPSHOTS
 
-    training.run(steps=100_000, limit_s=options.denoiser_s, log=options.log, each=snapshot)
-    publish(vae, training, options.out, 300, options.log, -1)
+    if options.denoiser_s:
+        training.run(steps=100_000, peak=options.peak, limit_s=options.denoiser_s, log=options.log, each=snapshot)
+    if options.decoder_s:
+        refine_decoder(vae, data, steps=100_000, limit_s=options.decoder_s, log=options.log)
+        vae.save_pretrained(options.out.parent / ".vae-refined")
+    note(options.log, f"vae reconstruction {score(reconstruct(vae, pictures[:300]).numpy(), data.scenes[:300])}")
+    publish(vae, training, options.out, count=300, log=options.log, step=None)
 
 
-def publish(vae: AutoencoderKL, training: DenoiserTraining, folder: Path, count: int, log: Path, step: int) -> None:
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae-s", type=float, default=840, help="seconds to train the VAE")
+    parser.add_argument("--denoiser-s", type=float, default=4200, help="seconds to train the text encoder and UNet")
+    parser.add_argument("--decoder-s", type=float, default=1200, help="seconds to train the decoder on, alone")
+    parser.add_argument("--peak", type=float, default=1.2e-3, help="highest learning rate of the denoiser")
+    parser.add_argument("--scenes", type=int, default=20000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vae", type=Path, help="take this trained VAE instead of training one")
+    parser.add_argument("--go-on-from", type=Path, help="start from the text encoder and UNet of this model")
+    parser.add_argument("--out", type=Path, default=Path("models/shapes"))
+    parser.add_argument("--log", type=Path, default=Path("out/training.log"))
+    return parser.parse_args()
+
+
+def publish(
+    vae: AutoencoderKL, training: DenoiserTraining, folder: Path, *, count: int, log: Path, step: int | None
+) -> None:
     """Saves the averaged networks as a whole model, and logs what the judge makes of its pictures."""
-    import copy
-
     text_encoder, unet = (copy.deepcopy(network) for network in training.averaged)
     save(assemble(copy.deepcopy(vae), text_encoder, unet, make_tokenizer()), folder)
     result, pictures = evaluate(folder, count)
     contact_sheet(pictures[:60], 12).save(log.parent / "shapes.png")
-    note(log, f"step {step} {result}")
+    note(log, f"{'finished' if step is None else f'step {step}'} {result}")
 
 
 def note(log: Path, line: str) -> None:

@@ -4,6 +4,7 @@ Training a BPE gives another vocabulary on each run; here the merges are generat
 """
 
 import re
+from itertools import pairwise
 
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -23,7 +24,7 @@ def caption_words() -> list[str]:
 def _apply(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding: merges the pair of lowest rank until none is left."""
     while True:
-        pairs = [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in ranks]
+        pairs = [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
         if not pairs:
             return pieces
         _, i = min(pairs)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import greenlet
@@ -72,7 +73,7 @@ class Executor:
     """One engine thread. `submit` may be called from any thread."""
 
     def __init__(self, *, max_batch_rows: int, thread_count: int | None = None) -> None:
-        """`max_batch_rows`: rows of the largest batch; `thread_count`: torch threads of the engine, None for torch's own."""
+        """`max_batch_rows`: rows of the largest batch; `thread_count`: torch threads, None for its own."""
         self._max_batch_rows = max_batch_rows
         self._thread_count = thread_count
         self._arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -84,7 +85,7 @@ class Executor:
     def submit(self, function: Callable[[], T], *, alone: bool = False) -> tuple[Future[T], ForwardCounts]:
         """Runs `function` as a program. Cancelling the future ends it at its next forward.
 
-        `alone`: its forwards run by themselves, exactly as called, so that the result equals plain diffusers' bit for bit.
+        `alone`: its forwards run by themselves, exactly as called, so the result equals plain diffusers' bit for bit.
         """
         program = _Program(function, alone, Future(), ForwardCounts())
         self._arrivals.put(program)
@@ -147,14 +148,14 @@ class Executor:
     def _run_one_by_one(self, batch: list[_Program], error: Exception) -> None:
         """A failed batch, call by call, so that only the call at fault fails."""
         if len(batch) == 1:
-            self._resume(batch[0], lambda hub: hub.throw(error))
+            self._resume(batch[0], partial(_throw, error))
             return
         for program in batch:
             assert program.waiting is not None
             try:
                 answer = program.waiting.run()
             except Exception as own_error:  # noqa: BLE001 - as above
-                self._resume(program, lambda hub, own_error=own_error: hub.throw(own_error))
+                self._resume(program, partial(_throw, own_error))
                 continue
             self._count([program])
             self._switch(program, answer)
@@ -179,6 +180,10 @@ class Executor:
             self._waiting.append(program)
 
 
+def _throw(error: Exception, into: greenlet.greenlet) -> Any:
+    return into.throw(error)
+
+
 def _guarded(program: _Program) -> None:
     """The body of a program's greenlet: nothing escapes to the engine."""
     try:
@@ -186,7 +191,7 @@ def _guarded(program: _Program) -> None:
     except ProgramCancelled:
         return
     except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the future; the engine goes on
-        if not program.future.cancelled():
+        if program.future.set_running_or_notify_cancel():  # from here on nobody can cancel it
             program.future.set_exception(error)
         return
     if program.future.set_running_or_notify_cancel():

@@ -1,6 +1,6 @@
 """The table of pipelines: what Darkroom has to know about a diffusers pipeline class beyond running it. Data only.
 
-Adding a pipeline is adding a row. Everything else is read off the class itself: its signature, its components, its code.
+Adding a pipeline is adding a row. Everything else is read off the class: its signature, its components, its code.
 """
 
 from collections.abc import Mapping

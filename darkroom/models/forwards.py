@@ -59,7 +59,10 @@ class Forward:
         self._spec = specs
         first = next((leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), None)
         self.rows = 1 if first is None else first.shape[0]
-        self.key: Hashable = (id(entry), tuple(self._leaf_key(*pair) for pair in zip(self.names, self.leaves, strict=True)))
+        self.key: Hashable = (
+            id(entry),
+            tuple(self._leaf_key(*pair) for pair in zip(self.names, self.leaves, strict=True)),
+        )
 
     def _leaf_key(self, name: str, leaf: Any) -> Hashable:
         if not isinstance(leaf, torch.Tensor):
@@ -121,5 +124,3 @@ def _split(leaf: Any, rows: list[int], total: int) -> list[Any]:
     if isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == total:
         return list(leaf.split(rows))
     return [leaf] * len(rows)
-
-

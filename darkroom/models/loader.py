@@ -22,6 +22,8 @@ from darkroom.models.standins import Absent, Batched
 
 diffusers.utils.logging.set_verbosity_error()
 transformers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()  # a bar is no log line
+transformers.utils.logging.disable_progress_bar()
 
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONING = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
@@ -72,10 +74,24 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device) -> Pa
     if family is None:
         raise UnusableModel(model_id, "its pipeline class is not supported")
     try:
-        pipeline, networks = _assemble(folder, model_id, index, family, stage, device)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:  # what a bad folder makes the loaders raise
+        pipeline, networks = _assemble(folder, index, family, stage=stage, device=device)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # what a bad folder makes the loaders raise
         raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
-    return Part(model_id=model_id, family=family, pipeline=pipeline, networks=networks, device=device, load_s=time.monotonic() - start_s)
+    return Part(
+        model_id=model_id,
+        family=family,
+        pipeline=pipeline,
+        networks=networks,
+        device=device,
+        load_s=time.monotonic() - start_s,
+    )
 
 
 def _read_index(folder: Path, model_id: str) -> dict[str, Any]:
@@ -90,7 +106,7 @@ def _read_index(folder: Path, model_id: str) -> dict[str, Any]:
 
 
 def _assemble(
-    folder: Path, model_id: str, index: dict[str, Any], family: Family, stage: str, device: torch.device
+    folder: Path, index: dict[str, Any], family: Family, *, stage: str, device: torch.device
 ) -> tuple[DiffusionPipeline, dict[str, torch.nn.Module]]:
     components: dict[str, Any] = {}
     networks: dict[str, torch.nn.Module] = {}
@@ -102,10 +118,12 @@ def _assemble(
         if entry[0] is None:
             components[name] = None
             continue
-        kind = _component_class(model_id, name, *entry)
+        kind = _component_class(folder.name, name, *entry)
         if issubclass(kind, ModelMixin | PreTrainedModel):
             is_here = _stage_of(name, family) == stage
-            networks[name] = _load_network(kind, folder / name, device) if is_here else _meta_network(kind, folder / name)
+            networks[name] = (
+                _load_network(kind, folder / name, device) if is_here else _meta_network(kind, folder / name)
+            )
             components[name] = _stand_in(name, networks[name], family, device, is_here=is_here)
         elif issubclass(kind, SchedulerMixin) or stage == "encoder":
             components[name] = kind.from_pretrained(folder / name, local_files_only=True)
@@ -147,13 +165,17 @@ def _meta_network(kind: Any, folder: Path) -> torch.nn.Module:
     return network
 
 
-def _stand_in(name: str, network: torch.nn.Module, family: Family, device: torch.device, *, is_here: bool) -> torch.nn.Module:
+def _stand_in(
+    name: str, network: torch.nn.Module, family: Family, device: torch.device, *, is_here: bool
+) -> torch.nn.Module:
     if not is_here:
         dtype = next((p.dtype for p in network.parameters()), torch.float32)
         return Absent(network, device=device, dtype=dtype)
     if name == family.denoiser:
         return Batched(network, name, shared=family.shared)
-    methods = tuple(method for method in _VAE_METHODS if hasattr(network, method)) if isinstance(network, ModelMixin) else ()
+    methods = (
+        tuple(method for method in _VAE_METHODS if hasattr(network, method)) if isinstance(network, ModelMixin) else ()
+    )
     return Batched(network, name, methods=("forward", *methods))
 
 

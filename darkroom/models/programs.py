@@ -40,10 +40,16 @@ def encode(part: Part, task: EncodeTask) -> dict[str, torch.Tensor]:
     accepted = _parameters(type(part.pipeline).encode_prompt)
     answer = method(**{name: value for name, value in offered.items() if name in accepted})
     wanted = part.family.embedding_names(guided=task.guided)
-    return {name: value for name, value in zip(part.family.encode_returns, answer, strict=True) if name in wanted and value is not None}
+    return {
+        name: value
+        for name, value in zip(part.family.encode_returns, answer, strict=True)
+        if name in wanted and value is not None
+    }
 
 
-def denoise(part: Part, task: DenoiseTask, embeddings: Mapping[str, torch.Tensor], on_step: StepCallback) -> torch.Tensor:
+def denoise(
+    part: Part, task: DenoiseTask, embeddings: Mapping[str, torch.Tensor], on_step: StepCallback
+) -> torch.Tensor:
     """Runs the pipeline from embeddings to latents [image_count, ...], in the layout of its `output_type="latent"`.
 
     `on_step(step, step_count)` is called on the engine's thread after each solver step.
@@ -131,7 +137,9 @@ def check_latents(part: Part, task: DecodeTask, latents: torch.Tensor) -> None:
     height, width, channels = task.height_px // factor, task.width_px // factor, config.latent_channels
     expected = (height // 2 * (width // 2), channels * 4) if part.family.packed_latents else (channels, height, width)
     if tuple(latents.shape[1:]) != expected:
-        raise InvalidTensor("latents", f"has shape {list(latents.shape)} where the model and size ask for {['n', *expected]}")
+        raise InvalidTensor(
+            "latents", f"has shape {list(latents.shape)} where the model and size ask for {['n', *expected]}"
+        )
     check_finite("latents", latents)
 
 
@@ -156,8 +164,10 @@ def _generators(seed: int, image_count: int) -> torch.Generator | list[torch.Gen
 
 def _placeholders(part: Part) -> dict[str, torch.Tensor]:
     """Embeddings of one zero each, where the pipeline wants some but no network reads them."""
-    return {name: torch.zeros(1, 1, device=part.device) if "pooled" in name else torch.zeros(1, 1, 1, device=part.device)
-            for name in part.family.embedding_names(guided=False)}
+    return {
+        name: torch.zeros(1, 1, device=part.device) if "pooled" in name else torch.zeros(1, 1, 1, device=part.device)
+        for name in part.family.embedding_names(guided=False)
+    }
 
 
 @functools.cache

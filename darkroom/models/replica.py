@@ -1,4 +1,4 @@
-"""What the three stages have in common: parts of models loaded on demand, one executor, a bound on accepted requests."""
+"""What the stages have in common: parts of models loaded on demand, one executor, a bound on accepted requests."""
 
 import asyncio
 import contextlib
@@ -37,8 +37,18 @@ class ReplicaState:
 class StageReplica:
     """One replica of a stage: the parts it has loaded and the requests it runs."""
 
-    def __init__(self, *, replica_id: str, stage: str, model_store: Path, device: str, max_running: int, max_batch_rows: int, thread_count: int) -> None:
-        """`max_running`: requests accepted at once; `max_batch_rows`: rows of a batch; `thread_count`: torch threads."""
+    def __init__(
+        self,
+        *,
+        replica_id: str,
+        stage: str,
+        model_store: Path,
+        device: str,
+        max_running: int,
+        max_batch_rows: int,
+        thread_count: int,
+    ) -> None:
+        """`max_running`: requests accepted at once; `max_batch_rows`: rows of a batch; `thread_count`: of torch."""
         self.replica_id, self.stage = replica_id, stage
         self._root, self._device = model_store, torch.device(device)
         self._max_running = max_running
@@ -90,15 +100,21 @@ class StageReplica:
         return await asyncio.wrap_future(future), counts
 
     def _parts(self) -> list[Part]:
-        done = [task for task in self._loads.values() if task.done() and not task.cancelled() and task.exception() is None]
+        done = [
+            task for task in self._loads.values() if task.done() and not task.cancelled() and task.exception() is None
+        ]
         return [task.result() for task in done]
 
     def state(self) -> ReplicaState:
         """The replica as it is now."""
         return ReplicaState(
-            replica_id=self.replica_id, stage=self.stage, device=str(self._device),
+            replica_id=self.replica_id,
+            stage=self.stage,
+            device=str(self._device),
             parts=tuple(sorted(self._parts(), key=lambda part: part.model_id)),
-            running_count=self._running, finished_count=self._finished, engine=self._executor.counts,
+            running_count=self._running,
+            finished_count=self._finished,
+            engine=self._executor.counts,
             uptime_s=time.monotonic() - self._start_s,
         )
 

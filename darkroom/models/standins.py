@@ -13,9 +13,16 @@ from darkroom.models.forwards import Entry, Forward
 
 
 class Batched(torch.nn.Module):
-    """Stands for a network that this stage holds: a call leaves the program, and comes back with its part of a batch."""
+    """Stands for a network that this stage holds: a call leaves the program and returns with its part of a batch."""
 
-    def __init__(self, network: torch.nn.Module, label: str, *, methods: tuple[str, ...] = ("forward",), shared: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        label: str,
+        *,
+        methods: tuple[str, ...] = ("forward",),
+        shared: tuple[str, ...] = (),
+    ) -> None:
         """`methods` are the entry points that pipelines call."""
         super().__init__()
         self.__dict__["network"] = network

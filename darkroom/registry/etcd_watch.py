@@ -77,7 +77,8 @@ async def _changes(connection: EtcdConnection, prefix: str, revision: int) -> As
     create = WatchCreateRequest(key=prefix.encode(), range_end=prefix_range_end(prefix), start_revision=revision)
     call = link.watch.Watch(metadata=_REQUIRE_LEADER)
     try:
-        await asyncio.wait_for(call.write(WatchRequest(create_request=create)), _ANSWER_S)
+        async with asyncio.timeout(_ANSWER_S):  # not wait_for, which before Python 3.12 can swallow a cancellation
+            await call.write(WatchRequest(create_request=create))
         while True:
             response = await _next_response(call)
             if response is grpc.aio.EOF:

@@ -115,6 +115,8 @@ class Registration:
             wanted = {keys.residency(self._replica_id, model_id) for model_id in model_ids}
             for key in sorted(wanted):
                 await self._registry.put(key, b"", lease=lease)
+            for key in (await self._registry.read(keys.residency_of(self._replica_id))).keys() - wanted:
+                await self._registry.delete(key)
             self._are_models_written = model_ids is self._model_ids
 
 

@@ -24,6 +24,8 @@ _MAX_SIZE_MULTIPLE_PX = 512
 _MAX_COMPONENTS = 32
 _MAX_OVERRIDE = 1_000_000
 
+_PIPELINE_MULTIPLE_PX = 8
+"""Every pipeline insists on it, whatever its VAE's factor."""
 _WHOLE_OVERRIDES = frozenset({"default_width_px", "default_height_px", "size_multiple_px", "default_step_count"})
 _OVERRIDES = _WHOLE_OVERRIDES | {"default_guidance_scale"}
 
@@ -100,7 +102,11 @@ def _read_defaults(folder: StoreFolder, names: list[str]) -> dict[str, float]:
     overrides = _read_overrides(folder)
     factor = _read_vae_factor(folder, names)
     denoiser = next((name for name in ("unet", "transformer") if name in names), None)
-    multiple_px = int(overrides.get("size_multiple_px", 2 * factor if denoiser == "transformer" else factor))
+    multiple_px = int(
+        overrides.get(
+            "size_multiple_px", max(_PIPELINE_MULTIPLE_PX, 2 * factor if denoiser == "transformer" else factor)
+        )
+    )
     if not 1 <= multiple_px <= _MAX_SIZE_MULTIPLE_PX:
         raise Refused(f"size_multiple_px must be 1 to {_MAX_SIZE_MULTIPLE_PX}, not {multiple_px}")
     width_px, height_px = _read_size(folder, denoiser, factor)

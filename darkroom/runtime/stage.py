@@ -15,7 +15,7 @@ from darkroom.registry.membership import ClusterView, Registration
 from darkroom.registry.port import Member
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
-from darkroom.runtime.logs import configure_logs
+from darkroom.runtime.logs import LogLevel, configure_logs
 from darkroom.runtime.server import Mounted, Server
 from darkroom.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
 from darkroom.wire.times import duration
@@ -53,8 +53,8 @@ class StageConfig:
     """How long running requests may take to finish after SIGTERM, in seconds."""
     reflection: bool = False
     """Whether to serve gRPC reflection."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
+    log_level: LogLevel = "info"
+    """What is logged at the least."""
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
@@ -81,14 +81,23 @@ class StageProcess:
         self._view = ClusterView(self._registry)
         self._channels = Channels()
         self._server = Server(
-            address=config.address, replica_id=replica_id, reflect=config.reflection, max_request_bytes=8 << 20, drain_s=config.drain_s
+            address=config.address,
+            replica_id=replica_id,
+            reflect=config.reflection,
+            max_request_bytes=8 << 20,
+            drain_s=config.drain_s,
         )
         self.shelf = TensorShelf(limit_bytes=config.shelf_bytes, inline_limit_bytes=config.inline_limit_bytes)
         self.shelf.address = f"{config.advertise_host}:{self._server.port}"
         self.source = TensorSource(self._channels, self.shelf, lambda: {m.address for m in self._view.members()})
         self.replica = StageReplica(
-            replica_id=replica_id, stage=stage, model_store=config.model_store, device=config.device,
-            max_running=config.max_running, max_batch_rows=config.max_batch_rows, thread_count=config.threads,
+            replica_id=replica_id,
+            stage=stage,
+            model_store=config.model_store,
+            device=config.device,
+            max_running=config.max_running,
+            max_batch_rows=config.max_batch_rows,
+            thread_count=config.threads,
         )
         member = Member(replica_id=replica_id, stage=stage, address=self.shelf.address, device=config.device)
         self._registration = Registration(self._registry, member)
@@ -97,8 +106,16 @@ class StageProcess:
     async def run(self, service: Mounted) -> None:
         """Serves `service` beside StageService and TensorService. Loads the preloaded models before registering."""
         common = [
-            Mounted(lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(_StageServicer(self.replica, self._server), server), _name(stage_pb2, "StageService")),
-            Mounted(lambda server: tensor_pb2_grpc.add_TensorServiceServicer_to_server(TensorServicer(self.shelf), server), _name(tensor_pb2, "TensorService")),
+            Mounted(
+                lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(
+                    _StageServicer(self.replica, self._server), server
+                ),
+                _name(stage_pb2, "StageService"),
+            ),
+            Mounted(
+                lambda server: tensor_pb2_grpc.add_TensorServiceServicer_to_server(TensorServicer(self.shelf), server),
+                _name(tensor_pb2, "TensorService"),
+            ),
         ]
         await self._preload(self.config.preload)
         await self._server.start([service, *common])
@@ -120,7 +137,7 @@ def _name(module: object, service: str) -> str:
     return str(descriptor.services_by_name[service].full_name)
 
 
-class _StageServicer(stage_pb2_grpc.StageServiceServicer):  # type: ignore[misc]
+class _StageServicer(stage_pb2_grpc.StageServiceServicer):
     """StageService over a replica."""
 
     def __init__(self, replica: StageReplica, server: Server) -> None:
@@ -139,12 +156,21 @@ def state_message(state: ReplicaState, *, draining: bool) -> stage_pb2.DescribeR
     models = []
     for part in state.parts:
         networks = [
-            stage_pb2.Network(name=n.name, resident_bytes=n.resident_bytes, parameter_count=n.parameter_count) for n in part.network_states()
+            stage_pb2.Network(name=n.name, resident_bytes=n.resident_bytes, parameter_count=n.parameter_count)
+            for n in part.network_states()
         ]
-        models.append(stage_pb2.LoadedModel(model_id=part.model_id, networks=networks, load_duration=duration(part.load_s)))
+        models.append(
+            stage_pb2.LoadedModel(model_id=part.model_id, networks=networks, load_duration=duration(part.load_s))
+        )
     return stage_pb2.DescribeReplicaResponse(
-        replica_id=state.replica_id, stage=stage_pb2.Stage.Value(f"STAGE_{state.stage.upper()}"), device=state.device, models=models,
-        running_count=state.running_count, finished_count=state.finished_count, batch_count=state.engine.batches,
-        forward_count=state.engine.forwards, draining=draining, uptime_duration=duration(state.uptime_s),
+        replica_id=state.replica_id,
+        stage=f"STAGE_{state.stage.upper()}",
+        device=state.device,
+        models=models,
+        running_count=state.running_count,
+        finished_count=state.finished_count,
+        batch_count=state.engine.batches,
+        forward_count=state.engine.forwards,
+        draining=draining,
+        uptime_duration=duration(state.uptime_s),
     )
-

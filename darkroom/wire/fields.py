@@ -35,7 +35,9 @@ def check_model_id(value: str) -> str:
     if not value:
         raise InvalidField("model_id", "must not be empty")
     if not _MODEL_ID.fullmatch(value) or ".." in value:
-        raise InvalidField("model_id", "must be 1 to 64 characters of a-z 0-9 . _ -, start with a letter or digit, and hold no '..'")
+        raise InvalidField(
+            "model_id", "must be 1 to 64 characters of a-z 0-9 . _ -, start with a letter or digit, and hold no '..'"
+        )
     return value
 
 
@@ -103,7 +105,11 @@ def check_parameters(values: dict[str, str]) -> dict[str, str]:
         raise InvalidField("parameters", f"must have at most {MAX_PARAMETERS} entries, not {len(values)}")
     for key, value in values.items():
         if not _PARAMETER_KEY.fullmatch(key):
-            raise InvalidField("parameters", f"has a key that is not 1 to 79 printable Latin-1 characters: {key[:79]!r}")
+            raise InvalidField(
+                "parameters", f"has a key that is not 1 to 79 printable Latin-1 characters: {key[:79]!r}"
+            )
         if len(value) > MAX_PARAMETER_CHARACTERS or "\0" in value:
-            raise InvalidField("parameters", f"has a value over {MAX_PARAMETER_CHARACTERS} characters or with a NUL, under {key!r}")
+            raise InvalidField(
+                "parameters", f"has a value over {MAX_PARAMETER_CHARACTERS} characters or with a NUL, under {key!r}"
+            )
     return dict(values)

@@ -95,7 +95,9 @@ def parse_graph(message: graph_pb2.Graph) -> Graph:
     if not message.nodes:
         raise InvalidGraph("", "is missing: the graph has no nodes")
     if len(message.nodes) > MAX_NODES:
-        raise InvalidGraph("", f"limit passed: the graph has {len(message.nodes)} nodes, at most {MAX_NODES} are allowed")
+        raise InvalidGraph(
+            "", f"limit passed: the graph has {len(message.nodes)} nodes, at most {MAX_NODES} are allowed"
+        )
     repeated = [node_id for node_id, count in Counter(n.id for n in message.nodes).items() if count > 1]
     if repeated:
         raise InvalidGraph(repeated[0][:64], "is given more than once")
@@ -113,7 +115,9 @@ def make_graph(nodes: dict[str, tuple[Work, dict[str, str]]]) -> Graph:
             if port.name not in sources:
                 raise InvalidGraph(node_id, f"has nothing on its input port {port.name!r}")
     try:
-        order = list(TopologicalSorter({node_id: sources.values() for node_id, (_, sources) in nodes.items()}).static_order())
+        order = list(
+            TopologicalSorter({node_id: sources.values() for node_id, (_, sources) in nodes.items()}).static_order()
+        )
     except CycleError as error:
         raise InvalidGraph(str(error.args[1][0]), "waits for itself") from error
     return Graph(tuple(Node(node_id, *nodes[node_id]) for node_id in order))
@@ -172,9 +176,13 @@ def _connect(edge: graph_pb2.Edge, works: dict[str, Work], sources: dict[str, di
     if port is None:
         raise InvalidGraph(edge.to_node, f"has no input port {edge.to_port[:64]!r}")
     if port.kind != output.kind:
-        raise InvalidGraph(edge.to_node, f"takes a {port.kind} on port {port.name!r}, and {edge.from_node!r} gives a {output.kind}")
+        raise InvalidGraph(
+            edge.to_node, f"takes a {port.kind} on port {port.name!r}, and {edge.from_node!r} gives a {output.kind}"
+        )
     if giver.model_id != taker.model_id:
-        raise InvalidGraph(edge.to_node, f"is of model {taker.model_id!r}, and its {port.kind} comes from {giver.model_id!r}")
+        raise InvalidGraph(
+            edge.to_node, f"is of model {taker.model_id!r}, and its {port.kind} comes from {giver.model_id!r}"
+        )
     if port.name in sources[edge.to_node]:
         raise InvalidGraph(edge.to_node, f"has its input port {port.name!r} filled twice")
     sources[edge.to_node][port.name] = edge.from_node

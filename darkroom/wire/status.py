@@ -1,7 +1,10 @@
 """The one table between DarkroomError and gRPC status; nobody else knows both sides."""
 
+import contextlib
+
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -43,7 +46,9 @@ def to_status(error: errors.DarkroomError) -> status_pb2.Status:
     return status_pb2.Status(code=code, message=error.message, details=details)
 
 
-def _packed(detail: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo | error_details_pb2.BadRequest) -> any_pb2.Any:
+def _packed(
+    detail: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo | error_details_pb2.BadRequest,
+) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(detail)
     return packed
@@ -52,13 +57,13 @@ def _packed(detail: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo | 
 def from_rpc_error(error: grpc.aio.AioRpcError, stage: str) -> errors.DarkroomError | None:
     """The error that a call to `stage` failed with; None when the other side had a bug.
 
-    A connection that broke carries no ErrorInfo: it is StageUnavailable.
+    A connection that broke carries no ErrorInfo: it is StageUnavailable. An error that another version words in other
+    facts counts by its code.
     """
-    status = rpc_status.from_call(error)
-    for detail in status.details if status else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _BY_REASON:
-            return _BY_REASON[info.reason](**info.metadata)
+    for info in _error_infos(error):
+        if info.domain == DOMAIN and info.reason in _BY_REASON:
+            with contextlib.suppress(TypeError, ValueError):
+                return _BY_REASON[info.reason](**info.metadata)
     match error.code():
         case grpc.StatusCode.UNAVAILABLE:
             return errors.StageUnavailable(stage, error.details() or "the connection broke")
@@ -67,3 +72,16 @@ def from_rpc_error(error: grpc.aio.AioRpcError, stage: str) -> errors.DarkroomEr
         case grpc.StatusCode.CANCELLED:
             return errors.StageUnavailable(stage, "the call was cancelled by the other side")
     return None
+
+
+def _error_infos(error: grpc.aio.AioRpcError) -> list[error_details_pb2.ErrorInfo]:
+    try:
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # takes any error with code, details and metadata
+    except (ValueError, DecodeError):  # the details contradict the status, or are none
+        return []
+    infos = []
+    for detail in status.details if status else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info):
+            infos.append(info)
+    return infos

@@ -1,6 +1,6 @@
 """Tensors on the wire: a closed list of element types, row-major little-endian bytes, every shape checked.
 
-Knows no framework: a tensor is `RawTensor`, bytes with a type and a shape. `darkroom/models/tensors.py` makes torch of it.
+Knows no framework: a tensor is `RawTensor`, bytes with a type and a shape; `darkroom/models/tensors.py` knows torch.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ MAX_DIMS = 8
 MAX_EXTENT = (1 << 31) - 1
 
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "uint8": 1}
-_TO_PROTO = {name: tensor_pb2.ElementType.Value(f"ELEMENT_TYPE_{name.upper()}") for name in _WIDTHS}
-_FROM_PROTO = {value: name for name, value in _TO_PROTO.items()}
+_TO_PROTO = {name: f"ELEMENT_TYPE_{name.upper()}" for name in _WIDTHS}
+_FROM_PROTO = {tensor_pb2.ElementType.Value(value): name for name, value in _TO_PROTO.items()}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -67,10 +67,18 @@ def parse_tensor(name: str, message: tensor_pb2.Tensor) -> RawTensor | RemoteTen
         case "ref":
             if not _DIGEST.fullmatch(message.ref.digest):
                 raise InvalidTensor(name, "has a ref whose digest is not 64 hexadecimal digits")
-            expire_time_s = message.ref.expire_time.ToMilliseconds() / 1000
-            return RemoteTensor(element_type, shape, message.ref.digest, message.ref.holder_address, expire_time_s)
+            return RemoteTensor(
+                element_type, shape, message.ref.digest, message.ref.holder_address, _expire_time_s(name, message.ref)
+            )
         case _:
             raise InvalidTensor(name, "has neither data nor ref")
+
+
+def _expire_time_s(name: str, ref: tensor_pb2.TensorRef) -> float:
+    try:
+        return ref.expire_time.ToMilliseconds() / 1000
+    except ValueError as error:
+        raise InvalidTensor(name, "has a ref whose expire_time is no timestamp") from error
 
 
 def _checked_shape(name: str, shape: tuple[int, ...], width: int) -> tuple[int, ...]:
@@ -100,7 +108,7 @@ def ref_message(tensor: RemoteTensor) -> tensor_pb2.Tensor:
     """The tensor by ref."""
     message = tensor_pb2.Tensor(element_type=_TO_PROTO[tensor.element_type], shape=tensor.shape)
     message.ref.digest, message.ref.holder_address = tensor.digest, tensor.holder_address
-    message.ref.expire_time.FromMilliseconds(int(tensor.expire_time_s * 1000))
+    message.ref.expire_time.FromMilliseconds(round(tensor.expire_time_s * 1000))
     return message
 
 

@@ -1,7 +1,8 @@
-# etcd for one machine, from Debian: no registry but the base image's is needed. etcd-client is there for the health check.
+# etcd for one machine, as Debian has it. etcd-client is there for the health check.
 FROM debian:bookworm-slim
 RUN apt-get update \
     && apt-get install -y --no-install-recommends etcd-client etcd-server \
+    && apt-get clean \
     && rm -rf /var/lib/apt/lists/* \
     && mkdir -p /var/lib/etcd \
     && chown 10001:10001 /var/lib/etcd

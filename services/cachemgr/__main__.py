@@ -25,12 +25,24 @@ async def main(config: CacheManagerConfig) -> None:
     registry = EtcdRegistry(config.etcd)
     view = ClusterView(registry)
     server = Server(
-        address=config.address, replica_id=replica_id, reflect=config.reflection, max_request_bytes=_MAX_REQUEST_BYTES, drain_s=config.drain_s
+        address=config.address,
+        replica_id=replica_id,
+        reflect=config.reflection,
+        max_request_bytes=_MAX_REQUEST_BYTES,
+        drain_s=config.drain_s,
     )
-    registration = Registration(registry, Member(replica_id=replica_id, stage="cachemgr", address=f"{config.advertise_host}:{server.port}"))
+    registration = Registration(
+        registry, Member(replica_id=replica_id, stage="cachemgr", address=f"{config.advertise_host}:{server.port}")
+    )
     servicer = CacheManagerServicer(Holdings(view))
-    add = cachemgr_pb2_grpc.add_CacheManagerServiceServicer_to_server
-    await server.start([Mounted(lambda grpc_server: add(servicer, grpc_server), "darkroom.v1.CacheManagerService")])
+    await server.start(
+        [
+            Mounted(
+                lambda grpc_server: cachemgr_pb2_grpc.add_CacheManagerServiceServicer_to_server(servicer, grpc_server),
+                "darkroom.v1.CacheManagerService",
+            )
+        ]
+    )
     catalogue = keep_catalogue(registry, config.model_store, interval_s=config.scan_interval_s)
     await server.run([view.run(), registration.run(), catalogue], on_drain=[registration.leave])
     await registry.close()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from darkroom.runtime.logs import LogLevel
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheManagerConfig:
@@ -22,8 +24,8 @@ class CacheManagerConfig:
     """How long running requests may take to finish after SIGTERM, in seconds."""
     reflection: bool = False
     """Whether to serve gRPC reflection."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
+    log_level: LogLevel = "info"
+    """What is logged at the least."""
 
     def __post_init__(self) -> None:
         """Raises ValueError."""

@@ -8,7 +8,7 @@ from darkroom.wire import fields
 from services.cachemgr.holdings import Holding, Holdings
 
 
-class CacheManagerServicer(cachemgr_pb2_grpc.CacheManagerServiceServicer):  # type: ignore[misc]
+class CacheManagerServicer(cachemgr_pb2_grpc.CacheManagerServiceServicer):
     """Serves `Holdings`."""
 
     def __init__(self, holdings: Holdings) -> None:
@@ -21,11 +21,15 @@ class CacheManagerServicer(cachemgr_pb2_grpc.CacheManagerServiceServicer):  # ty
         del request, context
         return cachemgr_pb2.ListModelsResponse(models=[_model(entry) for entry in self._holdings.models()])
 
-    async def Locate(self, request: cachemgr_pb2.LocateRequest, context: grpc.aio.ServicerContext) -> cachemgr_pb2.LocateResponse:
+    async def Locate(
+        self, request: cachemgr_pb2.LocateRequest, context: grpc.aio.ServicerContext
+    ) -> cachemgr_pb2.LocateResponse:
         """Says where a model is."""
         del context
         location = self._holdings.locate(fields.check_model_id(request.model_id), _stage_name(request.stage))
-        return cachemgr_pb2.LocateResponse(replicas=[_replica(h) for h in location.holdings], holder_count=location.holder_count)
+        return cachemgr_pb2.LocateResponse(
+            replicas=[_replica(h) for h in location.holdings], holder_count=location.holder_count
+        )
 
     async def DescribeCache(
         self, request: cachemgr_pb2.DescribeCacheRequest, context: grpc.aio.ServicerContext
@@ -42,9 +46,13 @@ def _stage_name(stage: int) -> str:
 
 def _replica(holding: Holding) -> cachemgr_pb2.Replica:
     member = holding.member
-    stage = stage_pb2.Stage.Value(f"STAGE_{member.stage.upper()}")
+    stage = f"STAGE_{member.stage.upper()}"
     return cachemgr_pb2.Replica(
-        replica_id=member.replica_id, stage=stage, address=member.address, device=member.device, model_ids=holding.model_ids
+        replica_id=member.replica_id,
+        stage=stage,
+        address=member.address,
+        device=member.device,
+        model_ids=holding.model_ids,
     )
 
 

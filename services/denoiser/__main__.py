@@ -15,8 +15,12 @@ async def main(config: DenoiserConfig) -> None:
     """Serves until SIGTERM."""
     process = StageProcess("denoiser", config)
     servicer = DenoiserServicer(Denoising(process.replica, process.source), process.shelf)
-    add = denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server
-    await process.run(Mounted(lambda server: add(servicer, server), "darkroom.v1.DenoiserService"))
+    await process.run(
+        Mounted(
+            lambda server: denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server),
+            "darkroom.v1.DenoiserService",
+        )
+    )
 
 
 if __name__ == "__main__":

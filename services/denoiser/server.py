@@ -13,7 +13,7 @@ from darkroom.wire.times import duration
 from services.denoiser.denoising import Denoised, Denoising, StepDone
 
 
-class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):  # type: ignore[misc]
+class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
     """Serves a `Denoising`."""
 
     def __init__(self, denoising: Denoising, shelf: TensorShelf) -> None:
@@ -31,10 +31,14 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):  # type: igno
 
     def _message(self, event: StepDone | Denoised, run_s: float) -> denoiser_pb2.DenoiseResponse:
         if isinstance(event, StepDone):
-            return denoiser_pb2.DenoiseResponse(progress=denoiser_pb2.DenoiseProgress(step=event.step, step_count=event.step_count))
+            return denoiser_pb2.DenoiseResponse(
+                progress=denoiser_pb2.DenoiseProgress(step=event.step, step_count=event.step_count)
+            )
         return denoiser_pb2.DenoiseResponse(
             result=denoiser_pb2.DenoiseResult(
-                latents=self._shelf.publish(event.latents), run_duration=duration(run_s),
-                forward_count=event.forward_count, batched_forward_count=event.batched_forward_count,
+                latents=self._shelf.publish(event.latents),
+                run_duration=duration(run_s),
+                forward_count=event.forward_count,
+                batched_forward_count=event.batched_forward_count,
             )
         )

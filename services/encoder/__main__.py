@@ -17,8 +17,12 @@ async def main(config: EncoderConfig) -> None:
     process = StageProcess("encoder", config)
     encoding = Encoding(process.replica, EmbeddingCache(limit_bytes=config.embedding_cache_bytes))
     servicer = EncoderServicer(encoding, process.shelf)
-    add = encoder_pb2_grpc.add_EncoderServiceServicer_to_server
-    await process.run(Mounted(lambda server: add(servicer, server), "darkroom.v1.EncoderService"))
+    await process.run(
+        Mounted(
+            lambda server: encoder_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server),
+            "darkroom.v1.EncoderService",
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -11,3 +11,9 @@ class EncoderConfig(StageConfig):
 
     embedding_cache_bytes: int = 64 << 20
     """Bytes of embeddings kept for equal prompts: 500 of SD 1.5's. 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        StageConfig.__post_init__(self)  # a dataclass with slots is made anew, and super() would look at the old one
+        if self.embedding_cache_bytes < 0:
+            raise ValueError(f"embedding_cache_bytes must not be negative, not {self.embedding_cache_bytes}")

@@ -27,13 +27,29 @@ async def main(config: RouterConfig) -> None:
     view = ClusterView(registry)
     channels = Channels()
     server = Server(
-        address=config.address, replica_id=replica_id, reflect=config.reflection, max_request_bytes=_MAX_REQUEST_BYTES, drain_s=config.drain_s
+        address=config.address,
+        replica_id=replica_id,
+        reflect=config.reflection,
+        max_request_bytes=_MAX_REQUEST_BYTES,
+        drain_s=config.drain_s,
     )
-    registration = Registration(registry, Member(replica_id=replica_id, stage="router", address=f"{config.advertise_host}:{server.port}"))
-    runner = GraphRunner(view, GrpcStages(channels), replica_wait_s=config.replica_wait_s, max_running=config.max_running)
-    servicer = RouterServicer(runner, view, default_model=config.default_model, default_deadline_s=config.default_deadline_s)
-    add = router_pb2_grpc.add_RouterServiceServicer_to_server
-    await server.start([Mounted(lambda grpc_server: add(servicer, grpc_server), "darkroom.v1.RouterService")])
+    registration = Registration(
+        registry, Member(replica_id=replica_id, stage="router", address=f"{config.advertise_host}:{server.port}")
+    )
+    runner = GraphRunner(
+        view, GrpcStages(channels), replica_wait_s=config.replica_wait_s, max_running=config.max_running
+    )
+    servicer = RouterServicer(
+        runner, view, default_model=config.default_model, default_deadline_s=config.default_deadline_s
+    )
+    await server.start(
+        [
+            Mounted(
+                lambda grpc_server: router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, grpc_server),
+                "darkroom.v1.RouterService",
+            )
+        ]
+    )
     await server.run([view.run(), registration.run()], on_drain=[registration.leave])
     await channels.close()
     await registry.close()

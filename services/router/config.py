@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from darkroom.runtime.logs import LogLevel
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
@@ -25,8 +27,8 @@ class RouterConfig:
     """How long running requests may take to finish after SIGTERM, in seconds."""
     reflection: bool = False
     """Whether to serve gRPC reflection."""
-    log_level: str = "info"
-    """debug, info, warning or error."""
+    log_level: LogLevel = "info"
+    """What is logged at the least."""
 
     def __post_init__(self) -> None:
         """Raises ValueError."""

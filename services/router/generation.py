@@ -46,13 +46,27 @@ def plan_generation(request: Prompted, view: ClusterView) -> Plan:
     scale = entry.default_guidance_scale if request.guidance_scale is None else request.guidance_scale
     seed = secrets.randbelow(_MAX_RANDOM_SEED) if request.seed is None else request.seed
     denoise = DenoiseWork(
-        model_id=request.model_id, width_px=width_px, height_px=height_px, step_count=step_count, guidance_scale=scale,
-        seed=seed, image_count=request.image_count, scheduler=request.scheduler,
+        model_id=request.model_id,
+        width_px=width_px,
+        height_px=height_px,
+        step_count=step_count,
+        guidance_scale=scale,
+        seed=seed,
+        image_count=request.image_count,
+        scheduler=request.scheduler,
     )
     _check_denoise(denoise, entry)
-    encode = EncodeTextWork(model_id=request.model_id, prompt=request.prompt, negative_prompt=request.negative_prompt, guided=scale > 1)
+    encode = EncodeTextWork(
+        model_id=request.model_id, prompt=request.prompt, negative_prompt=request.negative_prompt, guided=scale > 1
+    )
     decode = DecodeWork(model_id=request.model_id, parameters=_parameters(request, denoise, entry))
-    graph = make_graph({"encode": (encode, {}), "denoise": (denoise, {"embedding": "encode"}), "decode": (decode, {"latent": "denoise"})})
+    graph = make_graph(
+        {
+            "encode": (encode, {}),
+            "denoise": (denoise, {"embedding": "encode"}),
+            "decode": (decode, {"latent": "denoise"}),
+        }
+    )
     return Plan(graph, seed)
 
 

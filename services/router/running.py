@@ -9,7 +9,16 @@ from typing import Protocol
 
 import structlog
 
-from darkroom.errors import DarkroomError, DeadlinePassed, Overloaded, QueueFull, StageUnavailable, TensorNotFound, Unavailable
+from darkroom.errors import (
+    DarkroomError,
+    DeadlinePassed,
+    Overloaded,
+    QueueFull,
+    StageUnavailable,
+    TensorNotFound,
+    Unavailable,
+    UnknownHolder,
+)
 from darkroom.policy.placement import ReplicaLoad, choose_replica
 from darkroom.registry.membership import ClusterView
 from darkroom.registry.port import Member
@@ -62,7 +71,7 @@ class GraphRunner:
     """Runs graphs over the replicas in `view`."""
 
     def __init__(self, view: ClusterView, stages: Stages, *, replica_wait_s: float, max_running: int) -> None:
-        """`replica_wait_s`: how long to wait for a replica of a stage that has none; `max_running`: requests at once."""
+        """`replica_wait_s`: how long to wait for a stage that has no replica; `max_running`: requests at once."""
         self._view, self._stages = view, stages
         self._replica_wait_s, self._max_running = replica_wait_s, max_running
         self._running: Counter[str] = Counter()
@@ -132,12 +141,20 @@ class GraphRunner:
                 if not isinstance(error, Unavailable | Overloaded):
                     raise
                 failure = error
-                _log.warning("node_failed", request_id=run.settings.request_id, stage=node.stage, replica=member.replica_id, reason=error.reason())
+                _log.warning(
+                    "node_failed",
+                    request_id=run.settings.request_id,
+                    stage=node.stage,
+                    replica=member.replica_id,
+                    reason=error.reason(),
+                )
                 if isinstance(error, Unavailable):
                     self._suspect_until_s[member.replica_id] = loop.time() + _SUSPECT_S
                 continue
             call_s = loop.time() - start_s
-            run.timings.append(NodeTiming(node.node_id, node.stage, member.replica_id, call_s, answer.run_s, len(tried)))
+            run.timings.append(
+                NodeTiming(node.node_id, node.stage, member.replica_id, call_s, answer.run_s, len(tried))
+            )
             return answer.value
 
     async def _remake(self, run: _Run, node: Node, reruns: int) -> dict[str, Value]:
@@ -159,7 +176,7 @@ class GraphRunner:
             self._running[member.replica_id] -= 1
 
     async def _place(self, node: Node, tried: list[str], failure: DarkroomError | None) -> Member:
-        """The replica to call next. Waits for one while the stage has none; raises the last failure when all were tried."""
+        """The replica to call next. Waits while the stage has none; raises the last failure when all were tried."""
         untried = self._untried(node.stage, tried)
         if not untried and isinstance(failure, Overloaded):
             raise failure
@@ -180,7 +197,8 @@ class GraphRunner:
     def _load(self, member: Member, model_id: str) -> ReplicaLoad:
         now_s = asyncio.get_running_loop().time()
         return ReplicaLoad(
-            replica_id=member.replica_id, running_count=self._running[member.replica_id],
+            replica_id=member.replica_id,
+            running_count=self._running[member.replica_id],
             holds_model=model_id in self._view.models_of(member.replica_id),
             is_suspect=self._suspect_until_s.get(member.replica_id, 0.0) > now_s,
         )
@@ -188,7 +206,9 @@ class GraphRunner:
 
 def _is_input_lost(error: DarkroomError) -> bool:
     """Whether the stage is well, and the replica that holds its input is not."""
-    return isinstance(error, TensorNotFound) or (isinstance(error, StageUnavailable) and error.facts["stage"] == "tensor")
+    return isinstance(error, TensorNotFound | UnknownHolder) or (
+        isinstance(error, StageUnavailable) and error.facts["stage"] == "tensor"
+    )
 
 
 def _first(failures: BaseException) -> BaseException:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from darkroom.registry.membership import ClusterView
-from darkroom.v1 import router_pb2, router_pb2_grpc, stage_pb2, vae_pb2
+from darkroom.v1 import router_pb2, router_pb2_grpc, vae_pb2
 from darkroom.wire import fields
 from darkroom.wire.graphs import parse_graph
 from darkroom.wire.times import duration
@@ -16,10 +16,12 @@ from services.router.running import CallSettings, GraphRunner
 from services.router.values import Finished, ImageFile, Images, Latent, NodeProgress, NodeStarted, NodeTiming
 
 
-class RouterServicer(router_pb2_grpc.RouterServiceServicer):  # type: ignore[misc]
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Serves a `GraphRunner`."""
 
-    def __init__(self, runner: GraphRunner, view: ClusterView, *, default_model: str, default_deadline_s: float) -> None:
+    def __init__(
+        self, runner: GraphRunner, view: ClusterView, *, default_model: str, default_deadline_s: float
+    ) -> None:
         self._runner, self._view = runner, view
         self._default_model, self._default_deadline_s = default_model, default_deadline_s
 
@@ -45,22 +47,30 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):  # type: ignore[mis
                 yield _run_graph_response(event)
 
     def _settings(self, request_id: str, deterministic: bool, context: grpc.aio.ServicerContext) -> CallSettings:  # noqa: FBT001 - a field of the request
-        left_s = context.time_remaining()
+        left_s: float | None = context.time_remaining()  # None without a deadline, whatever the stubs say
         allowed_s = self._default_deadline_s if left_s is None else left_s
         deadline_s = asyncio.get_running_loop().time() + allowed_s
-        return CallSettings(request_id=fields.check_request_id(request_id), deterministic=deterministic, deadline_s=deadline_s)
+        return CallSettings(
+            request_id=fields.check_request_id(request_id), deterministic=deterministic, deadline_s=deadline_s
+        )
 
 
 def _prompted(message: router_pb2.GenerateRequest, default_model: str) -> Prompted:
-    image_count = fields.check_count("image_count", message.image_count if message.HasField("image_count") else 1, fields.MAX_IMAGES)
+    image_count = fields.check_count(
+        "image_count", message.image_count if message.HasField("image_count") else 1, fields.MAX_IMAGES
+    )
     return Prompted(
         model_id=fields.check_model_id(message.model_id or default_model),
         prompt=fields.check_prompt(message.prompt),
         negative_prompt=fields.check_negative_prompt(message.negative_prompt),
         width_px=message.width_px if message.HasField("width_px") else None,
         height_px=message.height_px if message.HasField("height_px") else None,
-        step_count=fields.check_count("step_count", message.step_count, fields.MAX_STEPS) if message.HasField("step_count") else None,
-        guidance_scale=fields.check_guidance_scale(message.guidance_scale) if message.HasField("guidance_scale") else None,
+        step_count=fields.check_count("step_count", message.step_count, fields.MAX_STEPS)
+        if message.HasField("step_count")
+        else None,
+        guidance_scale=fields.check_guidance_scale(message.guidance_scale)
+        if message.HasField("guidance_scale")
+        else None,
         seed=fields.check_seed(message.seed, image_count) if message.HasField("seed") else None,
         image_count=image_count,
         scheduler=message.scheduler,
@@ -75,7 +85,10 @@ def _generate_response(event: NodeStarted | NodeProgress | Finished, seed: int) 
     images = [_image(file) for value in event.values.values() if isinstance(value, Images) for file in value.files]
     batched = sum(value.batched_forward_count for value in event.values.values() if isinstance(value, Latent))
     result = router_pb2.GenerateResult(
-        images=images, seed=seed, timings=[_timing(t) for t in event.timings], total_duration=duration(event.total_s),
+        images=images,
+        seed=seed,
+        timings=[_timing(t) for t in event.timings],
+        total_duration=duration(event.total_s),
         batched_forward_count=batched,
     )
     return router_pb2.GenerateResponse(result=result)
@@ -91,12 +104,14 @@ def _run_graph_response(event: NodeStarted | NodeProgress | Finished) -> router_
         for node_id, value in event.values.items()
         if isinstance(value, Images)
     ]
-    result = router_pb2.RunGraphResult(images=images, timings=[_timing(t) for t in event.timings], total_duration=duration(event.total_s))
+    result = router_pb2.RunGraphResult(
+        images=images, timings=[_timing(t) for t in event.timings], total_duration=duration(event.total_s)
+    )
     return router_pb2.RunGraphResponse(result=result)
 
 
-def _stage(stage: str) -> stage_pb2.Stage:
-    return stage_pb2.Stage.Value(f"STAGE_{stage.upper()}")
+def _stage(stage: str) -> str:
+    return f"STAGE_{stage.upper()}"
 
 
 def _started(event: NodeStarted) -> router_pb2.NodeStarted:
@@ -109,10 +124,16 @@ def _progress(event: NodeProgress) -> router_pb2.NodeProgress:
 
 def _timing(timing: NodeTiming) -> router_pb2.NodeTiming:
     return router_pb2.NodeTiming(
-        node_id=timing.node_id, stage=_stage(timing.stage), replica_id=timing.replica_id, call_duration=duration(timing.call_s),
-        run_duration=duration(timing.run_s), attempt_count=timing.attempt_count,
+        node_id=timing.node_id,
+        stage=_stage(timing.stage),
+        replica_id=timing.replica_id,
+        call_duration=duration(timing.call_s),
+        run_duration=duration(timing.run_s),
+        attempt_count=timing.attempt_count,
     )
 
 
 def _image(file: ImageFile) -> vae_pb2.Image:
-    return vae_pb2.Image(format=vae_pb2.IMAGE_FORMAT_PNG, data=file.data, width_px=file.width_px, height_px=file.height_px)
+    return vae_pb2.Image(
+        format=vae_pb2.IMAGE_FORMAT_PNG, data=file.data, width_px=file.width_px, height_px=file.height_px
+    )

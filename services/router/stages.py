@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping
 import grpc
 
 from darkroom.runtime.channels import Channels
-from darkroom.v1 import denoiser_pb2, denoiser_pb2_grpc, encoder_pb2, encoder_pb2_grpc, tensor_pb2, vae_pb2, vae_pb2_grpc
+from darkroom.v1 import (
+    denoiser_pb2,
+    denoiser_pb2_grpc,
+    encoder_pb2,
+    encoder_pb2_grpc,
+    tensor_pb2,
+    vae_pb2,
+    vae_pb2_grpc,
+)
 from darkroom.wire.graphs import DecodeWork, DenoiseWork, EncodeTextWork, Node
 from darkroom.wire.status import from_rpc_error
 from darkroom.wire.tensors import parse_tensor, tensor_message
@@ -23,7 +31,7 @@ class GrpcStages:
     async def call(
         self, address: str, node: Node, inputs: Mapping[str, Value], settings: CallSettings, on_step: StepCallback
     ) -> Answer:
-        """Runs a node's work at `address`. Raises what the stage raised; StageUnavailable when the connection breaks."""
+        """Runs a node's work at `address`. Raises what it raised; StageUnavailable when the connection breaks."""
         channel = self._channels.to(address)
         try:
             match node.work:
@@ -43,8 +51,12 @@ class GrpcStages:
 
 async def _encode(channel: grpc.aio.Channel, work: EncodeTextWork, settings: CallSettings) -> Answer:
     request = encoder_pb2.EncodeRequest(
-        request_id=settings.request_id, model_id=work.model_id, prompt=work.prompt, negative_prompt=work.negative_prompt,
-        guided=work.guided, deterministic=settings.deterministic,
+        request_id=settings.request_id,
+        model_id=work.model_id,
+        prompt=work.prompt,
+        negative_prompt=work.negative_prompt,
+        guided=work.guided,
+        deterministic=settings.deterministic,
     )
     response = await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(request, timeout=settings.timeout_s())
     tensors = {named.name: parse_tensor(named.name, named.tensor) for named in response.embeddings}
@@ -52,13 +64,27 @@ async def _encode(channel: grpc.aio.Channel, work: EncodeTextWork, settings: Cal
 
 
 async def _denoise(
-    channel: grpc.aio.Channel, work: DenoiseWork, embedding: Embedding, settings: CallSettings, on_step: Callable[[int, int], None]
+    channel: grpc.aio.Channel,
+    work: DenoiseWork,
+    embedding: Embedding,
+    settings: CallSettings,
+    on_step: Callable[[int, int], None],
 ) -> Answer:
     request = denoiser_pb2.DenoiseRequest(
-        request_id=settings.request_id, model_id=work.model_id,
-        embeddings=[tensor_pb2.NamedTensor(name=name, tensor=tensor_message(tensor)) for name, tensor in embedding.tensors.items()],
-        width_px=work.width_px, height_px=work.height_px, step_count=work.step_count, guidance_scale=work.guidance_scale,
-        seed=work.seed, image_count=work.image_count, scheduler=work.scheduler, deterministic=settings.deterministic,
+        request_id=settings.request_id,
+        model_id=work.model_id,
+        embeddings=[
+            tensor_pb2.NamedTensor(name=name, tensor=tensor_message(tensor))
+            for name, tensor in embedding.tensors.items()
+        ],
+        width_px=work.width_px,
+        height_px=work.height_px,
+        step_count=work.step_count,
+        guidance_scale=work.guidance_scale,
+        seed=work.seed,
+        image_count=work.image_count,
+        scheduler=work.scheduler,
+        deterministic=settings.deterministic,
     )
     result = denoiser_pb2.DenoiseResult()
     async for event in denoiser_pb2_grpc.DenoiserServiceStub(channel).Denoise(request, timeout=settings.timeout_s()):
@@ -66,14 +92,22 @@ async def _denoise(
             on_step(event.progress.step, event.progress.step_count)
         else:
             result = event.result
-    latent = Latent(parse_tensor("latents", result.latents), work.width_px, work.height_px, result.batched_forward_count)
+    latent = Latent(
+        parse_tensor("latents", result.latents), work.width_px, work.height_px, result.batched_forward_count
+    )
     return Answer(latent, seconds(result.run_duration))
 
 
 async def _decode(channel: grpc.aio.Channel, work: DecodeWork, latent: Latent, settings: CallSettings) -> Answer:
     request = vae_pb2.DecodeRequest(
-        request_id=settings.request_id, model_id=work.model_id, latents=tensor_message(latent.tensor), width_px=latent.width_px,
-        height_px=latent.height_px, format=vae_pb2.IMAGE_FORMAT_PNG, parameters=work.parameters, deterministic=settings.deterministic,
+        request_id=settings.request_id,
+        model_id=work.model_id,
+        latents=tensor_message(latent.tensor),
+        width_px=latent.width_px,
+        height_px=latent.height_px,
+        format=vae_pb2.IMAGE_FORMAT_PNG,
+        parameters=work.parameters,
+        deterministic=settings.deterministic,
     )
     response = await vae_pb2_grpc.VaeServiceStub(channel).Decode(request, timeout=settings.timeout_s())
     files = tuple(ImageFile(image.data, image.width_px, image.height_px) for image in response.images)

@@ -15,8 +15,11 @@ async def main(config: VaeConfig) -> None:
     """Serves until SIGTERM."""
     process = StageProcess("vae", config)
     servicer = VaeServicer(Decoding(process.replica, process.source))
-    add = vae_pb2_grpc.add_VaeServiceServicer_to_server
-    await process.run(Mounted(lambda server: add(servicer, server), "darkroom.v1.VaeService"))
+    await process.run(
+        Mounted(
+            lambda server: vae_pb2_grpc.add_VaeServiceServicer_to_server(servicer, server), "darkroom.v1.VaeService"
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One real cluster for all end-to-end tests: etcd and every service as a process, over a store of real and tiny models."""
+"""One real cluster for the end-to-end tests: etcd and every service as a process, over real and tiny models."""
 
 import shutil
 from collections.abc import AsyncIterator
@@ -24,7 +24,11 @@ def store(tiny_store: Path) -> Path:
 async def cluster(store: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
     """One replica of each stage; refs from 1 KiB on, so that tensors travel that way too."""
     config = ClusterConfig(
-        denoisers=1, model_store=store, inline_limit_bytes=1024, reflection=True, log_folder=tmp_path_factory.mktemp("logs")
+        denoisers=1,
+        model_store=store,
+        inline_limit_bytes=1024,
+        reflection=True,
+        log_folder=tmp_path_factory.mktemp("logs"),
     )
     async with LocalCluster(config) as running:
         yield running
@@ -33,5 +37,7 @@ async def cluster(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Asyn
 @pytest_asyncio.fixture(loop_scope="session")
 async def client(cluster: LocalCluster) -> AsyncIterator[Client]:
     """A client of the cluster."""
-    async with Client(router_address=cluster.addresses.router, cachemgr_address=cluster.addresses.cachemgr) as connected:
+    async with Client(
+        router_address=cluster.addresses.router, cachemgr_address=cluster.addresses.cachemgr
+    ) as connected:
         yield connected

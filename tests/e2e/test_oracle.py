@@ -40,8 +40,11 @@ def draw_plainly(plain: StableDiffusionPipeline, drawing: Drawing) -> np.ndarray
         assert drawing.seed is not None
         generator = torch.Generator().manual_seed(drawing.seed)
         picture = plain(
-            drawing.prompt, negative_prompt=drawing.negative_prompt or None, num_inference_steps=drawing.step_count,
-            guidance_scale=drawing.guidance_scale, generator=generator,
+            drawing.prompt,
+            negative_prompt=drawing.negative_prompt or None,
+            num_inference_steps=drawing.step_count,
+            guidance_scale=drawing.guidance_scale,
+            generator=generator,
         ).images[0]
     finally:
         plain.scheduler = own
@@ -58,17 +61,32 @@ async def test_a_deterministic_picture_equals_plain_diffusers_pixel_for_pixel(
     client: Client, plain: StableDiffusionPipeline, prompt: str, scheduler: str
 ) -> None:
     drawing = Drawing(
-        prompt=prompt, model_id="shapes", scheduler=scheduler, step_count=12, guidance_scale=4.0, seed=len(prompt),
-        negative_prompt="a small cross" if scheduler == "ddim" else "", deterministic=True,
+        prompt=prompt,
+        model_id="shapes",
+        scheduler=scheduler,
+        step_count=12,
+        guidance_scale=4.0,
+        seed=len(prompt),
+        negative_prompt="a small cross" if scheduler == "ddim" else "",
+        deterministic=True,
     )
     drawn = await client.draw(drawing)
     assert drawn.batched_forward_count == 0
     assert np.array_equal(pixels(drawn.images[0]), draw_plainly(plain, drawing))
 
 
-async def test_eight_pictures_batched_together_differ_by_rounding_only(client: Client, plain: StableDiffusionPipeline) -> None:
+async def test_eight_pictures_batched_together_differ_by_rounding_only(
+    client: Client, plain: StableDiffusionPipeline
+) -> None:
     drawings = [
-        Drawing(prompt=PROMPTS[i % 3], model_id="shapes", scheduler=SCHEDULERS[i % 4], step_count=16 + i, guidance_scale=3.0 + i % 3, seed=i)
+        Drawing(
+            prompt=PROMPTS[i % 3],
+            model_id="shapes",
+            scheduler=SCHEDULERS[i % 4],
+            step_count=16 + i,
+            guidance_scale=3.0 + i % 3,
+            seed=i,
+        )
         for i in range(8)
     ]
     before = await denoiser_counts(client)
@@ -89,18 +107,38 @@ async def denoiser_counts(client: Client) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("model_id", TINY_MODELS)
-async def test_every_family_goes_through_the_services_and_matches_plain_diffusers(client: Client, store: Path, model_id: str) -> None:
+async def test_every_family_goes_through_the_services_and_matches_plain_diffusers(
+    client: Client, store: Path, model_id: str
+) -> None:
     pipeline = DiffusionPipeline.from_pretrained(store / model_id)
     pipeline.set_progress_bar_config(disable=True)
-    drawing = Drawing(prompt="a ring", model_id=model_id, width_px=32, height_px=32, step_count=5, guidance_scale=3.5, seed=11, deterministic=True)
+    drawing = Drawing(
+        prompt="a ring",
+        model_id=model_id,
+        width_px=32,
+        height_px=32,
+        step_count=5,
+        guidance_scale=3.5,
+        seed=11,
+        deterministic=True,
+    )
     drawn = await client.draw(drawing)
-    expected = pipeline("a ring", width=32, height=32, num_inference_steps=5, guidance_scale=3.5, generator=torch.Generator().manual_seed(11)).images[0]
+    expected = pipeline(
+        "a ring",
+        width=32,
+        height=32,
+        num_inference_steps=5,
+        guidance_scale=3.5,
+        generator=torch.Generator().manual_seed(11),
+    ).images[0]
     assert np.array_equal(pixels(drawn.images[0]), np.asarray(expected))
 
 
 async def test_the_file_says_what_it_was_made_from(client: Client) -> None:
-    drawn = await client.draw(Drawing(prompt="a red ring, größer", model_id="shapes", seed=5, step_count=4, image_count=2))
-    texts = [Image.open(io.BytesIO(png)).text for png in drawn.images]
+    drawn = await client.draw(
+        Drawing(prompt="a red ring, größer", model_id="shapes", seed=5, step_count=4, image_count=2)
+    )
+    texts = [Image.open(io.BytesIO(png)).info for png in drawn.images]
     assert len(texts) == 2
     assert texts[0]["prompt"] == "a red ring, größer"
     assert (texts[0]["seed"], texts[0]["steps"], texts[0]["model"], texts[0]["size"]) == ("5", "4", "shapes", "64x64")
@@ -120,5 +158,7 @@ async def test_a_stage_process_holds_only_its_own_networks(client: Client) -> No
     for report in await client.replicas():
         assert report.state is not None
         model = next(m for m in report.state.models if m.model_id == "shapes")
-        seen[report.listed.replica_id.split("-")[0]] = {n.name for n in model.networks if n.resident_bytes or n.parameter_count}
+        seen[report.listed.replica_id.split("-")[0]] = {
+            n.name for n in model.networks if n.resident_bytes or n.parameter_count
+        }
     assert seen == expected

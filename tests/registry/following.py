@@ -15,7 +15,7 @@ async def until(predicate: Callable[[], bool], *, within_s: float = 5.0) -> floa
     loop = asyncio.get_running_loop()
     started_s = loop.time()
     async with asyncio.timeout(within_s):
-        while not predicate():  # noqa: ASYNC110 - what is waited for has no event to give
+        while not predicate():
             await asyncio.sleep(0.01)
     return loop.time() - started_s
 

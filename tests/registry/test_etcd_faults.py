@@ -43,6 +43,23 @@ async def test_a_closed_client_says_so_even_to_its_watches(shared_etcd: EtcdProc
         await following
 
 
+async def test_a_watch_can_be_cancelled_at_any_moment(shared_etcd: EtcdProcess) -> None:
+    registry = EtcdRegistry([shared_etcd.endpoint])
+    await registry.put("/any/1", b"one")
+
+    async def follow() -> None:
+        async for _ in registry.watch("/any/"):
+            pass
+
+    for number in range(300):
+        following = asyncio.create_task(follow())
+        await asyncio.sleep(0.00002 * number)
+        following.cancel()
+        _, pending = await asyncio.wait({following}, timeout=2)
+        assert not pending
+    await registry.close()
+
+
 async def test_a_host_name_is_an_endpoint(shared_etcd: EtcdProcess) -> None:
     registry = EtcdRegistry([shared_etcd.endpoint.replace("127.0.0.1", "localhost")])
     await registry.put("/name/1", b"one")
@@ -180,6 +197,7 @@ async def test_a_watch_leaves_a_frozen_etcd_for_another_endpoint(etcd: EtcdProce
     through_line = await line.open()
     registry = EtcdRegistry([through_line, etcd.endpoint])
     async with watching(registry, "/a/") as states:
+        await asyncio.sleep(0.5)  # until gRPC's own pings, sent when data came, are answered
         line.stall()
         await asyncio.to_thread(etcd.control, "put", "/a/1", "one")
         assert await until(lambda: states[-1] == {"/a/1": b"one"}, within_s=8.0) < 5

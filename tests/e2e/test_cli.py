@@ -1,0 +1,195 @@
+"""The command line as a user types it, against a cluster that the command itself starts."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+SHAPES_STORE = Path(__file__).parents[2] / "models"
+DARKROOM = str(Path(sys.executable).parent / "darkroom")
+
+
+def picture(file: Path) -> Image.Image:
+    """The picture in a file, which is closed."""
+    return Image.open(io.BytesIO(file.read_bytes()))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    state = tmp_path_factory.mktemp("state")
+    return {
+        **os.environ,
+        "XDG_STATE_HOME": str(state),
+        "DARKROOM_MODEL_STORE": str(SHAPES_STORE),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "220",
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster(environment: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
+    """`darkroom up`, until its banner."""
+    process = subprocess.Popen(
+        [DARKROOM, "up", "--denoisers", "1", "--port", "0"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert "Darkroom is up" in process.stdout.readline()
+    yield process
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+def darkroom(environment: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [DARKROOM, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_run_draws_into_the_named_file(cluster: object, environment: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "a" / "circle.png"
+    done = darkroom(
+        environment,
+        "run",
+        "a red circle",
+        "-o",
+        str(file),
+        "--steps",
+        "5",
+        "--seed",
+        "3",
+        "--size",
+        "64x64",
+        "--scheduler",
+        "euler",
+    )
+    assert done.returncode == 0, done.stderr
+    assert picture(file).size == (64, 64)
+    assert picture(file).info["scheduler"] == "euler"
+    assert "seed 3" in done.stdout
+
+
+def test_run_with_json_prints_one_line(cluster: object, environment: dict[str, str], tmp_path: Path) -> None:
+    done = darkroom(
+        environment,
+        "run",
+        "a ring",
+        "-o",
+        str(tmp_path / "r.png"),
+        "--steps",
+        "2",
+        "--count",
+        "2",
+        "--deterministic",
+        "--json",
+    )
+    answer = json.loads(done.stdout)
+    assert [Path(f).name for f in answer["files"]] == ["r-0.png", "r-1.png"]
+    assert set(answer["stages_s"]) == {"encoder", "denoiser", "vae"}
+
+
+def test_ps_shows_replicas_and_what_they_hold(cluster: object, environment: dict[str, str], tmp_path: Path) -> None:
+    darkroom(environment, "run", "a ring", "-o", str(tmp_path / "r.png"), "--steps", "2")
+    rows = json.loads(darkroom(environment, "ps", "--json").stdout)
+    holds = {row["stage"]: {name for name, size in row["models"]["shapes"].items() if size} for row in rows}
+    assert holds == {"encoder": {"text_encoder"}, "denoiser": {"unet"}, "vae": {"vae"}}
+    assert "unet" in darkroom(environment, "ps").stdout
+
+
+def test_models_lists_the_catalogue(cluster: object, environment: dict[str, str]) -> None:
+    models = json.loads(darkroom(environment, "models", "--json").stdout)
+    shapes = next(model for model in models if model["model_id"] == "shapes")
+    assert shapes["pipeline"] == "StableDiffusionPipeline"
+    assert shapes["schedulers"][0] == "ddim"
+    assert "shapes" in darkroom(environment, "models").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "a ring", "--steps", "0"), "step_count must be 1 to 1000, not 0"),
+        (("run", "a ring", "--size", "big"), "--size must be WIDTHxHEIGHT"),
+        (("run", "a ring", "--model", "nothing"), "'nothing' is not in the catalogue"),
+        (("run", "  "), "prompt must not be empty"),
+    ],
+)
+def test_a_mistake_is_named_and_exits_with_2(
+    cluster: object, environment: dict[str, str], tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    done = darkroom(environment, *arguments, *(("-o", str(tmp_path / "x.png")) if arguments[0] == "run" else ()))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ps_without_a_cluster_says_how_to_get_one(environment: dict[str, str], tmp_path: Path) -> None:
+    done = darkroom({**environment, "XDG_STATE_HOME": str(tmp_path)}, "ps")
+    assert done.returncode == 3
+    assert "darkroom up" in done.stderr
+
+
+def test_run_without_a_cluster_starts_one_and_stops_it(environment: dict[str, str], tmp_path: Path) -> None:
+    done = darkroom(
+        {**environment, "XDG_STATE_HOME": str(tmp_path)},
+        "run",
+        "a red circle",
+        "-o",
+        str(tmp_path / "c.png"),
+        "--steps",
+        "3",
+    )
+    assert done.returncode == 0, done.stderr
+    assert picture(tmp_path / "c.png").size == (64, 64)
+
+
+def test_ctrl_c_stops_everything_that_up_started(environment: dict[str, str], tmp_path: Path) -> None:
+    own = {**environment, "XDG_STATE_HOME": str(tmp_path)}
+    with subprocess.Popen(
+        [DARKROOM, "up", "--denoisers", "1", "--port", "0"],
+        env=own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert "Darkroom is up" in process.stdout.readline()
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    assert len(children) >= 6
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert not (tmp_path / "darkroom" / "cluster.json").exists()
+
+
+def test_kill_9_of_up_leaves_no_process_behind(environment: dict[str, str], tmp_path: Path) -> None:
+    own = {**environment, "XDG_STATE_HOME": str(tmp_path)}
+    with subprocess.Popen(
+        [DARKROOM, "up", "--denoisers", "1", "--port", "0"],
+        env=own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert "Darkroom is up" in process.stdout.readline()
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        process.kill()
+    deadline_s = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert darkroom(own, "ps").returncode == 3
