@@ -18,7 +18,7 @@ PROTOS := $(wildcard protos/darkroom/v1/*.proto)
 GENERATE := $(PYTHON) -m grpc_tools.protoc -Iprotos
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check proto bench gpu compose-test train-shapes clean \
+.PHONY: help setup demo up test check proto bench gpu compose-test train-shapes judge clean \
     check-format check-lint check-types check-imports check-protos check-generated
 
 help:  ## Lists the targets.
@@ -55,6 +55,9 @@ compose-test: $(VENV)  ## Builds the containers and tests the cluster they form;
 
 train-shapes: $(VENV)  ## Trains models/shapes anew (hours).
 	$(PYTHON) -m training.shapes
+
+judge: $(VENV)  ## Draws 300 scenes with models/shapes and reads them back.
+	$(PYTHON) -m training.evaluate
 
 clean:  ## Removes all that git ignores and these targets made, .venv and node_modules too.
 	rm -rf .venv node_modules examples/node/node_modules build out *.egg-info

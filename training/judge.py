@@ -1,6 +1,6 @@
 """Reads a scene back off a picture by pixel rules: no training, no knowledge of the model that drew it.
 
-Its own error on drawn truth is measured first (`python -m training.judge`), so that a model's figure can be trusted.
+Its own error on drawn truth is measured first (`python -m training.evaluate`), so that a model's figure can be trusted.
 """
 
 from dataclasses import dataclass
@@ -87,10 +87,3 @@ def score(pictures: np.ndarray, asked: list[Scene]) -> Score:
     )
     shares = dict(zip(names, right.mean(0).tolist(), strict=True))
     return Score(**shares, all_four=float(right[:, :4].all(1).mean()), count=len(asked))
-
-
-if __name__ == "__main__":
-    from training.scenes import make_dataset
-
-    truth = make_dataset(2000, seed=99)
-    print("drawn truth:", score(truth.pictures, truth.scenes))

@@ -8,19 +8,17 @@ Weights are stored in half precision, and config.json says float32: half the byt
 import argparse
 import copy
 import json
-import random
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.denoiser import NOISE_SCHEDULE, DenoiserTraining
-from training.judge import Score, score
-from training.scenes import Scene, caption, make_dataset, random_scene
+from training.evaluate import contact_sheet, evaluate
+from training.judge import score
+from training.scenes import make_dataset
 from training.tokenizer import make_tokenizer
 from training.vae import encode_all, reconstruct, refine_decoder, train_vae
 
@@ -51,47 +49,12 @@ def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
     for name in ("vae", "unet", "text_encoder"):
         getattr(pipe, name).half()
     pipe.save_pretrained(folder, safe_serialization=True)
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
-
-
-@torch.no_grad()
-def generate(
-    pipe: StableDiffusionPipeline, scenes: list[Scene], *, steps: int = 25, guidance: float = 4.0, seed: int = 0
-) -> np.ndarray:
-    """Draws each scene's canonical caption, seeds counted up from `seed`. Returns [N, H, W, 3] uint8."""
-    pictures = []
-    for start in range(0, len(scenes), 25):
-        part = scenes[start : start + 25]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
-        answer = pipe(
-            [caption(s) for s in part],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-            output_type="np",
-        )
-        pictures.append((answer.images * 255).round().astype(np.uint8))
-    return np.concatenate(pictures)
-
-
-def contact_sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
-    """Pictures [N, H, W, 3] side by side, `columns` in a row; the last row is dropped if it is not full."""
-    rows = [
-        np.concatenate(list(pictures[i : i + columns]), axis=1) for i in range(0, len(pictures) - columns + 1, columns)
-    ]
-    sheet = Image.fromarray(np.concatenate(rows))
-    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
-
-
-def evaluate(folder: Path, count: int, *, steps: int = 25, guidance: float = 4.0) -> tuple[Score, np.ndarray]:
-    """Draws `count` random scenes with the model in `folder` and reads them back with the judge."""
-    rng = random.Random(2026)
-    scenes = [random_scene(rng) for _ in range(count)]
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    pictures = generate(pipe, scenes, steps=steps, guidance=guidance)
-    return score(pictures, scenes), pictures
+    for config in folder.glob("*/config.json"):
+        entries = json.loads(config.read_text())
+        entries.pop("_name_or_path", None)  # where it was loaded from on the machine that trained it
+        if config.parent.name == "text_encoder":
+            entries["dtype"] = "float32"
+        config.write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def main() -> None:

@@ -191,7 +191,7 @@ def _guarded(program: _Program) -> None:
     except ProgramCancelled:
         return
     except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the future; the engine goes on
-        if program.future.set_running_or_notify_cancel():  # from here on nobody can cancel it
+        if program.future.set_running_or_notify_cancel():
             program.future.set_exception(error)
         return
     if program.future.set_running_or_notify_cancel():

@@ -22,6 +22,8 @@ class Family:
     """What `encode_prompt` returns, by the names under which the pipeline's call takes it; None is not passed on."""
     widths: Mapping[str, str] = field(default_factory=dict)
     """Last dimension of an embedding, as a key of the denoiser's config; those without are not checked."""
+    time_id_count: int = 0
+    """Numbers that the denoiser embeds beside the pooled embedding, so that its config counts both as one width."""
     shared: tuple[str, ...] = ()
     """Arguments of the denoiser's forward that have no batch dimension."""
     packed_latents: bool = False
@@ -50,7 +52,13 @@ _ROWS = (
         pipeline="StableDiffusionXLPipeline",
         denoiser="unet",
         encode_returns=(PROMPT, NEGATIVE, POOLED, NEGATIVE_POOLED),
-        widths={PROMPT: "cross_attention_dim", NEGATIVE: "cross_attention_dim"},
+        widths={
+            PROMPT: "cross_attention_dim",
+            NEGATIVE: "cross_attention_dim",
+            POOLED: "projection_class_embeddings_input_dim",
+            NEGATIVE_POOLED: "projection_class_embeddings_input_dim",
+        },
+        time_id_count=6,
     ),
     Family(
         pipeline="StableDiffusion3Pipeline",

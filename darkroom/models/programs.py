@@ -18,7 +18,7 @@ from darkroom.errors import InvalidField, InvalidTensor
 from darkroom.models.loader import Part
 from darkroom.models.tensors import check_finite
 from darkroom.schedulers import scheduler_choice, schedulers_for
-from darkroom.wire.fields import check_scheduler, check_size
+from darkroom.wire.fields import MAX_IMAGES, check_scheduler, check_size
 from darkroom.wire.tasks import DecodeTask, DenoiseTask, EncodeTask
 
 StepCallback = Callable[[int, int], None]
@@ -69,8 +69,9 @@ def denoise(
 
     scheduler.step = step
     pipeline.scheduler = scheduler
+    dtype = getattr(part.pipeline, part.family.denoiser).dtype  # not every pipeline casts embeddings it is given
     latents: torch.Tensor = pipeline(
-        **{name: value.to(part.device) for name, value in embeddings.items()},
+        **{name: value.to(part.device, dtype) for name, value in embeddings.items()},
         num_inference_steps=task.step_count,
         guidance_scale=task.guidance_scale,
         width=task.width_px,
@@ -87,7 +88,7 @@ def decode(part: Part, task: DecodeTask, latents: torch.Tensor) -> list[Image.Im
     """Runs the pipeline's tail: one step with an absent denoiser, whose solver answers with the finished latents."""
     pipeline = _own_copy(part)
     scheduler = _scheduler(part.pipeline.scheduler, "")
-    finished = latents.to(part.device)
+    finished = latents.to(part.device, part.pipeline.vae.dtype)
     scheduler.step = functools.wraps(scheduler.step)(lambda *_args, **_kwargs: (finished,))
     pipeline.scheduler = scheduler
     images: list[Image.Image] = pipeline(
@@ -120,12 +121,26 @@ def check_embeddings(part: Part, task: DenoiseTask, embeddings: Mapping[str, tor
     for name, value in embeddings.items():
         if name not in part.family.embedding_names(guided=True):
             raise InvalidTensor(name[:64], f"is not an embedding of this model, which takes {', '.join(wanted)}")
-        if value.ndim not in (2, 3) or value.shape[0] != 1:
-            raise InvalidTensor(name, f"must be of shape [1, ...] with 2 or 3 dimensions, not {list(value.shape)}")
-        width = part.denoiser_config.get(part.family.widths.get(name, ""))
-        if isinstance(width, int) and value.shape[-1] != width:
+        dims = 2 if "pooled" in name else 3
+        if value.ndim != dims or value.shape[0] != 1:
+            raise InvalidTensor(name, f"must be of shape [1, ...] with {dims} dimensions, not {list(value.shape)}")
+        width = _embedding_width(part, name)
+        if width is not None and value.shape[-1] != width:
             raise InvalidTensor(name, f"has width {value.shape[-1]} where the model needs {width}")
+        positive = embeddings.get(name.removeprefix("negative_"), value)
+        if value.shape != positive.shape:
+            raise InvalidTensor(name, f"has shape {list(value.shape)} where its positive has {list(positive.shape)}")
         check_finite(name, value)
+
+
+def _embedding_width(part: Part, name: str) -> int | None:
+    """Last dimension of the embedding; None where the denoiser's config does not say."""
+    width = part.denoiser_config.get(part.family.widths.get(name, ""))
+    if not isinstance(width, int):
+        return None
+    if "pooled" not in name or not part.family.time_id_count:
+        return width
+    return width - part.family.time_id_count * int(part.denoiser_config["addition_time_embed_dim"])
 
 
 def check_latents(part: Part, task: DecodeTask, latents: torch.Tensor) -> None:
@@ -136,6 +151,8 @@ def check_latents(part: Part, task: DecodeTask, latents: torch.Tensor) -> None:
         raise InvalidField("width_px", f"and height_px must be multiples of {factor}")
     height, width, channels = task.height_px // factor, task.width_px // factor, config.latent_channels
     expected = (height // 2 * (width // 2), channels * 4) if part.family.packed_latents else (channels, height, width)
+    if latents.ndim and len(latents) > MAX_IMAGES:
+        raise InvalidTensor("latents", f"has {len(latents)} rows; at most {MAX_IMAGES} are allowed")
     if tuple(latents.shape[1:]) != expected:
         raise InvalidTensor(
             "latents", f"has shape {list(latents.shape)} where the model and size ask for {['n', *expected]}"

@@ -1,0 +1,253 @@
+"""Stage replicas and routers in the test's own process: wired as their `__main__` does, over a registry in memory."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from darkroom.models.replica import StageReplica
+from darkroom.registry.catalogue import publish_catalogue, read_model_store
+from darkroom.registry.membership import ClusterView, Registration
+from darkroom.registry.memory import MemoryRegistry
+from darkroom.registry.port import Member
+from darkroom.runtime.channels import Channels
+from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
+from darkroom.runtime.server import Mounted, Server
+from darkroom.v1 import denoiser_pb2_grpc, encoder_pb2_grpc, router_pb2_grpc, tensor_pb2_grpc, vae_pb2_grpc
+from services.denoiser.denoising import Denoising
+from services.denoiser.server import DenoiserServicer
+from services.encoder.cache import EmbeddingCache
+from services.encoder.encoding import Encoding
+from services.encoder.server import EncoderServicer
+from services.router.running import GraphRunner
+from services.router.server import RouterServicer
+from services.router.stages import GrpcStages
+from services.vae.decoding import Decoding
+from services.vae.server import VaeServicer
+from tests.registry.following import until
+
+MODEL = "tiny-sd"
+SIZE_PX = 32
+"""What MODEL draws by default."""
+
+eventually = partial(until, within_s=20.0)
+"""For what takes milliseconds, and seconds on a machine that has other work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningStage:
+    """A replica that serves."""
+
+    replica: StageReplica
+    shelf: TensorShelf
+    server: Server
+    registration: Registration
+    channel: grpc.aio.Channel
+
+    @property
+    def running_count(self) -> int:
+        """Requests accepted and not yet answered."""
+        return self.replica.state().running_count
+
+    @property
+    def forward_count(self) -> int:
+        """Forwards run since the start."""
+        return self.replica.state().engine.forwards
+
+    async def kill(self) -> None:
+        """Breaks every connection. The registry lists the replica until its lease ends."""
+        await self.server._server.stop(grace=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningRouter:
+    """A router that serves, and what it runs graphs with."""
+
+    runner: GraphRunner
+    view: ClusterView
+    server: Server
+    stub: router_pb2_grpc.RouterServiceStub
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self.server.port}"
+
+
+class Neighbours:
+    """Starts replicas and routers that see each other; stops all of them at the end."""
+
+    def __init__(self, store: Path) -> None:
+        """`store`: the model store that all share."""
+        self._store = store
+        self.registry = MemoryRegistry()
+        self._channels = Channels()
+        self._view = ClusterView(self.registry)
+        self._closing = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """The neighbours, nobody there yet; the catalogue is."""
+        self._closing.push_async_callback(self._channels.close)
+        await publish_catalogue(self.registry, read_model_store(self._store).models)
+        self._start(self._view.run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stops everything."""
+        await self._closing.aclose()
+
+    async def stage(
+        self,
+        stage: str,
+        number: int = 1,
+        *,
+        max_running: int = 64,
+        inline_limit_bytes: int = 1 << 20,
+        cache_bytes: int = 1 << 20,
+    ) -> RunningStage:
+        """A replica, registered as `stage-number` and holding MODEL."""
+        replica_id = f"{stage}-{number}"
+        server = _server(replica_id)
+        address = f"127.0.0.1:{server.port}"
+        shelf = TensorShelf(limit_bytes=1 << 20, inline_limit_bytes=inline_limit_bytes)
+        shelf.address = address
+        replica = StageReplica(
+            replica_id=replica_id,
+            stage=stage,
+            model_store=self._store,
+            device="cpu",
+            max_running=max_running,
+            max_batch_rows=16,
+            thread_count=1,
+        )
+        self._closing.callback(replica.close)
+        registration = Registration(self.registry, Member(replica_id=replica_id, stage=stage, address=address))
+        replica.on_loaded = registration.set_models
+        source = TensorSource(self._channels, shelf, lambda: {member.address for member in self._view.members()})
+        await replica.part(MODEL)
+        services = [_service(stage, replica, shelf, source, cache_bytes), _tensors(shelf)]
+        await server.start(services)
+        self._closing.push_async_callback(server._server.stop, grace=None)
+        self._start(registration.run())
+        await self._view.wait_for(lambda view: address in {member.address for member in view.members()})
+        return RunningStage(
+            replica=replica,
+            shelf=shelf,
+            server=server,
+            registration=registration,
+            channel=self._channels.to(address),
+        )
+
+    async def router(
+        self, *, replica_wait_s: float = 5.0, max_running: int = 64, default_deadline_s: float = 60.0
+    ) -> RunningRouter:
+        """A router that sees all replicas that are up now."""
+        server = _server("router-1")
+        view = ClusterView(self.registry)
+        runner = GraphRunner(view, GrpcStages(self._channels), replica_wait_s=replica_wait_s, max_running=max_running)
+        servicer = RouterServicer(runner, view, default_model=MODEL, default_deadline_s=default_deadline_s)
+        self._start(view.run())
+        await view.wait_for(lambda view: view.is_ready)
+        await server.start(
+            [
+                Mounted(
+                    lambda grpc_server: router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, grpc_server),
+                    "darkroom.v1.RouterService",
+                )
+            ]
+        )
+        self._closing.push_async_callback(server._server.stop, grace=None)
+        stub = router_pb2_grpc.RouterServiceStub(self._channels.to(f"127.0.0.1:{server.port}"))
+        return RunningRouter(runner=runner, view=view, server=server, stub=stub)
+
+    async def list_dead(self, stage: str, replica_id: str, address: str) -> None:
+        """Registers a replica that nobody serves, holding MODEL."""
+        registration = Registration(self.registry, Member(replica_id=replica_id, stage=stage, address=address))
+        await registration.set_models([MODEL])
+        self._start(registration.run())
+        await self._view.wait_for(lambda view: address in {member.address for member in view.members()})
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+
+        async def end() -> None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+        self._closing.push_async_callback(end)
+
+
+@asynccontextmanager
+async def engine_held(stage: RunningStage) -> AsyncIterator[None]:
+    """Inside the block the replica's engine runs nothing: what is asked of it waits."""
+    is_held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_held.set()
+        release.wait(timeout=30.0)
+
+    holding = asyncio.create_task(stage.replica.run(hold, alone=True))
+    await eventually(is_held.is_set)
+    try:
+        yield
+    finally:
+        release.set()
+        await holding
+
+
+async def failure_of(call: Any) -> grpc.aio.AioRpcError:
+    """What a call, of one answer or a stream of them, fails with."""
+    try:
+        if isinstance(call, grpc.aio.UnaryUnaryCall):
+            await call
+        else:
+            async for _ in call:
+                pass
+    except grpc.aio.AioRpcError as error:
+        return error
+    raise AssertionError("the call did not fail")
+
+
+def _server(replica_id: str) -> Server:
+    return Server(address="127.0.0.1:0", replica_id=replica_id, reflect=False, max_request_bytes=8 << 20, drain_s=20.0)
+
+
+def _tensors(shelf: TensorShelf) -> Mounted:
+    return Mounted(
+        lambda server: tensor_pb2_grpc.add_TensorServiceServicer_to_server(TensorServicer(shelf), server),
+        "darkroom.v1.TensorService",
+    )
+
+
+def _service(stage: str, replica: StageReplica, shelf: TensorShelf, source: TensorSource, cache_bytes: int) -> Mounted:
+    add: Callable[[grpc.aio.Server], None]
+    match stage:
+        case "encoder":
+            encoder = EncoderServicer(Encoding(replica, EmbeddingCache(limit_bytes=cache_bytes)), shelf)
+
+            def add(server: grpc.aio.Server) -> None:
+                encoder_pb2_grpc.add_EncoderServiceServicer_to_server(encoder, server)
+
+        case "denoiser":
+            denoiser = DenoiserServicer(Denoising(replica, source), shelf)
+
+            def add(server: grpc.aio.Server) -> None:
+                denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(denoiser, server)
+
+        case _:
+            vae = VaeServicer(Decoding(replica, source))
+
+            def add(server: grpc.aio.Server) -> None:
+                vae_pb2_grpc.add_VaeServiceServicer_to_server(vae, server)
+
+    return Mounted(add, f"darkroom.v1.{stage.capitalize()}Service")
