@@ -248,26 +248,27 @@ async def _ps(cachemgr: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows))  # noqa: T201 - the answer
         return
-    table = Table("replica", "stage", "address", "device", "running", "finished", "requests/batch", "holds")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("replica", "stage", "address", "device", "load"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("holds", overflow="fold")
     for row in rows:
-        holds = "; ".join(
-            f"{model}: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in networks.items() if size)
-            for model, networks in row["models"].items()
-        )
-        load = (
-            ("–", "–", "–")
-            if row["running"] is None
-            else (str(row["running"]), str(row["finished"]), f"{row['requests_per_batch']:.2f}")
-        )
-        table.add_row(
-            row["replica_id"],
-            row["stage"],
-            row["address"],
-            row["device"],
-            *load,
-            holds if row["running"] is not None else "[red]does not answer[/]",
-        )
+        table.add_row(row["replica_id"], row["stage"], row["address"], row["device"], _load(row), _holds(row))
     _out.print(table)
+
+
+def _load(row: dict[str, Any]) -> str:
+    if row["running"] is None:
+        return "[red]does not answer[/]"
+    return f"{row['running']} now, {row['finished']} done"
+
+
+def _holds(row: dict[str, Any]) -> str:
+    held = (
+        f"{model_id}: {', '.join(f'{name} {size / 1e6:.1f} MB' for name, size in networks.items() if size)}"
+        for model_id, networks in row["models"].items()
+    )
+    return "; ".join(held)
 
 
 def _replica_row(report: darkroom_client.ReplicaReport) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Weights are stored in half precision, and config.json says float32: half the byt
 import argparse
 import copy
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -45,16 +46,29 @@ def assemble(
 
 
 def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Writes the pipeline in diffusers' directory format, weights in half precision."""
+    """Writes the pipeline in diffusers' directory format, weights in half precision, in one go.
+
+    Files beside the pipeline's own, such as the card, stay.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     for name in ("vae", "unet", "text_encoder"):
         getattr(pipe, name).half()
-    pipe.save_pretrained(folder, safe_serialization=True)
-    for config in folder.glob("*/config.json"):
+    pipe.save_pretrained(partial, safe_serialization=True)
+    for config in partial.glob("*/config.json"):
         entries = json.loads(config.read_text())
         entries.pop("_name_or_path", None)  # where it was loaded from on the machine that trained it
         if config.parent.name == "text_encoder":
             entries["dtype"] = "float32"
         config.write_text(json.dumps(entries, indent=2) + "\n")
+    for file in partial.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors makes them readable by nobody else
+    if folder.is_dir():
+        for kept in folder.iterdir():
+            if kept.is_file() and not (partial / kept.name).exists():
+                shutil.copy2(kept, partial)
+        shutil.rmtree(folder)
+    partial.rename(folder)
 
 
 def main() -> None:

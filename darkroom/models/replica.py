@@ -85,8 +85,9 @@ class StageReplica:
     async def _load(self, model_id: str) -> Part:
         try:
             part = await asyncio.to_thread(load_part, self._root, model_id, self.stage, self._device)
-        except BaseException:
+        except BaseException as error:
             del self._loads[model_id]
+            _log.error("load_failed", model_id=model_id, problem=str(error), cause=repr(error.__cause__))
             raise
         _log.info("loaded", model_id=model_id, load_s=round(part.load_s, 3))
         if self.on_loaded:

@@ -119,7 +119,8 @@ class StageProcess:
         ]
         await self._preload(self.config.preload)
         await self._server.start([service, *common])
-        await self._server.run([self._registration.run(), self._view.run()], on_drain=[self._registration.leave])
+        background = [self._registration.run(), self._view.run(), self._channels.follow(self._view)]
+        await self._server.run(background, on_drain=[self._registration.leave])
         await self._channels.close()
         await self._registry.close()
         self.replica.close()

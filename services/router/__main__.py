@@ -50,7 +50,7 @@ async def main(config: RouterConfig) -> None:
             )
         ]
     )
-    await server.run([view.run(), registration.run()], on_drain=[registration.leave])
+    await server.run([view.run(), registration.run(), channels.follow(view)], on_drain=[registration.leave])
     await channels.close()
     await registry.close()
 

@@ -149,7 +149,7 @@ class GraphRunner:
                     reason=error.reason(),
                 )
                 if isinstance(error, Unavailable):
-                    self._suspect_until_s[member.replica_id] = loop.time() + _SUSPECT_S
+                    self._suspect(member.replica_id)
                 continue
             call_s = loop.time() - start_s
             run.timings.append(
@@ -174,6 +174,8 @@ class GraphRunner:
             return await self._stages.call(member.address, node, inputs, run.settings, on_step)
         finally:
             self._running[member.replica_id] -= 1
+            if not self._running[member.replica_id]:
+                del self._running[member.replica_id]
 
     async def _place(self, node: Node, tried: list[str], failure: DarkroomError | None) -> Member:
         """The replica to call next. Waits while the stage has none; raises the last failure when all were tried."""
@@ -190,6 +192,11 @@ class GraphRunner:
             raise failure or StageUnavailable(node.stage, "none is up")
         _log.debug("placed", stage=node.stage, replica=chosen.replica_id, why=chosen.reason)
         return by_id[chosen.replica_id]
+
+    def _suspect(self, replica_id: str) -> None:
+        now_s = asyncio.get_running_loop().time()
+        self._suspect_until_s = {other: until_s for other, until_s in self._suspect_until_s.items() if until_s > now_s}
+        self._suspect_until_s[replica_id] = now_s + _SUSPECT_S
 
     def _untried(self, stage: str, tried: list[str]) -> list[Member]:
         return [member for member in self._view.members(stage) if member.replica_id not in tried]
