@@ -1,12 +1,8 @@
-"""Hostile requests at every port: a clear error that names what is wrong, at once, and nobody else is harmed."""
+"""Hostile requests: a clear error that names what is wrong, at once, and nobody else is harmed."""
 
 import asyncio
 import math
-import random
-import re
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +11,29 @@ import pytest
 import pytest_asyncio
 
 from darkroom.client import Client, Drawing
-from darkroom.errors import DarkroomError
-from darkroom.runtime.channels import Channels
 from darkroom.runtime.cluster import LocalCluster
 from darkroom.v1 import (
     cachemgr_pb2,
-    denoiser_pb2,
-    encoder_pb2,
     graph_pb2,
-    router_pb2,
     stage_pb2,
-    tensor_pb2,
-    vae_pb2,
 )
 from darkroom.wire.fields import MAX_PROMPT_CHARACTERS
-from darkroom.wire.status import from_rpc_error
+from tests.e2e.ports import (
+    AT_ONCE_S,
+    INVALID,
+    MODEL,
+    SIZE_PX,
+    Ports,
+    decode_request,
+    denoise_request,
+    encode_request,
+    generate_request,
+    graph_request,
+    open_ports,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-AT_ONCE_S = 2.0
-"""The rule is 100 ms on a machine that has nothing else to do; here others may run beside it."""
-INTERNAL = re.compile(
-    r"Traceback|\.py\b|\b[A-Z]\w+(Error|Exception|Pipeline)\b|(/\w+){2}|site-packages|torch|0x[0-9a-f]{6}"
-)
-MODEL, SIZE_PX, WIDTH = "tiny-sd", 32, 32
-FLOAT32 = tensor_pb2.ELEMENT_TYPE_FLOAT32
-LATENTS = tensor_pb2.Tensor(element_type=FLOAT32, shape=[1, 4, 16, 16], data=bytes(4096))
-EMBEDDING = tensor_pb2.Tensor(element_type=FLOAT32, shape=[1, 8, WIDTH], data=bytes(4 * 8 * WIDTH))
-NANS = b"\x00\x00\xc0\x7f"
-SERVICES = {
-    "router": (router_pb2, "RouterService"),
-    "cachemgr": (cachemgr_pb2, "CacheManagerService"),
-    "encoder": (encoder_pb2, "EncoderService"),
-    "denoiser": (denoiser_pb2, "DenoiserService"),
-    "vae": (vae_pb2, "VaeService"),
-}
 BAD_MODEL_IDS = {
     "parent": "../shapes", "encoded parent": "..%2fshapes", "absolute": "/etc/passwd", "file": "file:///etc/passwd",
     "NUL": "shapes\0", "full width": "\uff0e\uff0e/shapes", "4 KB": "a" * 4096, "URL": "http://169.254.169.254/x",
@@ -57,118 +41,13 @@ BAD_MODEL_IDS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How a call ended, and how soon."""
-
-    error: grpc.aio.AioRpcError | None
-    after_s: float
-
-    def check_refused(self, code: grpc.StatusCode, reason: str, *named: str) -> None:
-        """Refused so, at once, in words that name these and nothing internal."""
-        assert self.error is not None, "it was not refused"
-        error = from_rpc_error(self.error, "router")
-        assert self.error.code() is code, self.error.details()
-        assert isinstance(error, DarkroomError)
-        assert error.reason() == reason
-        for name in named:
-            assert name in error.message
-        assert not INTERNAL.search(error.message), error.message
-        assert len(error.message) < 1000
-        assert self.after_s < AT_ONCE_S
-
-
-class Ports:
-    """Raw calls to every service of a cluster."""
-
-    def __init__(self, cluster: LocalCluster) -> None:
-        self._addresses = {"router": cluster.addresses.router, "cachemgr": cluster.addresses.cachemgr}
-        self._channels = Channels()
-
-    async def find_stages(self, client: Client) -> None:
-        """Learns where the stages listen."""
-        for report in await client.replicas():
-            self._addresses[report.listed.replica_id.split("-")[0]] = report.listed.address
-
-    async def send(
-        self, service: str, method: str, raw: bytes, *, timeout_s: float = 30.0, metadata: Any = None
-    ) -> Answer:
-        """Sends bytes to `package.Service/Method`."""
-        call: Any = self._channels.to(self._addresses[service]).unary_stream(f"/darkroom.v1.{method}")
-        start_s = time.monotonic()
-        try:
-            async for _ in call(raw, timeout=timeout_s, metadata=metadata):
-                pass
-        except grpc.aio.AioRpcError as error:
-            return Answer(error, time.monotonic() - start_s)
-        return Answer(None, time.monotonic() - start_s)
-
-    async def close(self) -> None:
-        """Closes the connections."""
-        await self._channels.close()
-
-
 @pytest_asyncio.fixture(loop_scope="session")
 async def ports(cluster: LocalCluster, client: Client) -> AsyncIterator[Ports]:
     """Every port of the cluster."""
-    opened = Ports(cluster)
-    await opened.find_stages(client)
+    opened = await open_ports(cluster, client)
     yield opened
     await opened.close()
 
-
-def generate_request(**changes: Any) -> bytes:
-    good = {"model_id": MODEL, "prompt": "a ring", "step_count": 1, "seed": 1}
-    return router_pb2.GenerateRequest(**{**good, **changes}).SerializeToString()
-
-
-def encode_request(**changes: Any) -> bytes:
-    return encoder_pb2.EncodeRequest(**{"model_id": MODEL, "prompt": "a ring", **changes}).SerializeToString()
-
-
-def denoise_request(*embeddings: tensor_pb2.NamedTensor, **changes: Any) -> bytes:
-    good = {
-        "model_id": MODEL, "width_px": SIZE_PX, "height_px": SIZE_PX, "step_count": 1, "guidance_scale": 1.0,
-        "image_count": 1, "embeddings": embeddings or [named("prompt_embeds", EMBEDDING)],
-    }  # fmt: skip
-    return denoiser_pb2.DenoiseRequest(**{**good, **changes}).SerializeToString()
-
-
-def decode_request(**changes: Any) -> bytes:
-    good = {
-        "model_id": MODEL, "width_px": SIZE_PX, "height_px": SIZE_PX, "latents": LATENTS,
-        "format": vae_pb2.IMAGE_FORMAT_PNG,
-    }  # fmt: skip
-    return vae_pb2.DecodeRequest(**{**good, **changes}).SerializeToString()
-
-
-def graph_request(nodes: list[graph_pb2.Node], *edges: tuple[str, str, str, str]) -> bytes:
-    connected = [graph_pb2.Edge(from_node=a, from_port=b, to_node=c, to_port=d) for a, b, c, d in edges]
-    return router_pb2.RunGraphRequest(graph=graph_pb2.Graph(nodes=nodes, edges=connected)).SerializeToString()
-
-
-def named(name: str, tensor: tensor_pb2.Tensor) -> tensor_pb2.NamedTensor:
-    return tensor_pb2.NamedTensor(name=name, tensor=tensor)
-
-
-def tensor(shape: list[int], data: bytes, element_type: Any = FLOAT32) -> tensor_pb2.Tensor:
-    return tensor_pb2.Tensor(element_type=element_type, shape=shape, data=data)
-
-
-def text(node_id: str, model_id: str = MODEL) -> graph_pb2.Node:
-    return graph_pb2.Node(id=node_id, encode_text=graph_pb2.EncodeText(model_id=model_id, prompt="x"))
-
-
-def draw(node_id: str, **changes: Any) -> graph_pb2.Node:
-    good = {"model_id": MODEL, "width_px": SIZE_PX, "height_px": SIZE_PX, "step_count": 1, "image_count": 1}
-    return graph_pb2.Node(id=node_id, denoise=graph_pb2.Denoise(**{**good, **changes}))
-
-
-def out(node_id: str, model_id: str = MODEL) -> graph_pb2.Node:
-    return graph_pb2.Node(id=node_id, decode=graph_pb2.Decode(model_id=model_id))
-
-
-INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 BAD_PROMPTS = {
     "missing": {"prompt": ""},
@@ -283,6 +162,19 @@ async def test_a_stage_that_holds_no_models_cannot_be_asked_for(ports: Ports) ->
         answer.check_refused(INVALID, "INVALID_FIELD", "stage")
 
 
+def text(node_id: str, model_id: str = MODEL) -> graph_pb2.Node:
+    return graph_pb2.Node(id=node_id, encode_text=graph_pb2.EncodeText(model_id=model_id, prompt="x"))
+
+
+def draw(node_id: str, **changes: Any) -> graph_pb2.Node:
+    good = {"model_id": MODEL, "width_px": SIZE_PX, "height_px": SIZE_PX, "step_count": 1, "image_count": 1}
+    return graph_pb2.Node(id=node_id, denoise=graph_pb2.Denoise(**{**good, **changes}))
+
+
+def out(node_id: str, model_id: str = MODEL) -> graph_pb2.Node:
+    return graph_pb2.Node(id=node_id, decode=graph_pb2.Decode(model_id=model_id))
+
+
 BAD_GRAPHS = {
     "no nodes": (graph_request([]), ""),
     "no work": (graph_request([graph_pb2.Node(id="idle")]), "'idle'"),
@@ -328,106 +220,6 @@ BAD_GRAPHS = {
 async def test_a_bad_graph_is_refused_by_node(ports: Ports, case: str) -> None:
     raw, node = BAD_GRAPHS[case]
     (await ports.send("router", "RouterService/RunGraph", raw)).check_refused(INVALID, "INVALID_GRAPH", node)
-
-
-BAD_TENSORS = {
-    "too few bytes": tensor([1, 4, 16, 16], bytes(4095)),
-    "too many bytes": tensor([1, 4, 16, 16], bytes(4097)),
-    "negative extent": tensor([-1, 4, 16, 16], bytes(4096)),
-    "extent of zero": tensor([0], b""),
-    "huge extent": tensor([1 << 62, 1 << 62], b""),
-    "terabytes": tensor([1 << 20, 1 << 20], b""),
-    "nine dimensions": tensor([1] * 9, bytes(4)),
-    "no type": tensor([1, 4, 16, 16], bytes(4096), 0),
-    "unknown type": tensor([1, 4, 16, 16], bytes(4096), 99),
-    "no content": tensor_pb2.Tensor(element_type=FLOAT32, shape=[1]),
-    "not a number": tensor([1, 4, 16, 16], NANS * 1024),
-    "another shape": tensor([4096], bytes(16384)),
-    "scalar": tensor([], bytes(4)),
-    "bytes": tensor([1, 4, 16, 16], bytes(1024), tensor_pb2.ELEMENT_TYPE_UINT8),
-    "bad digest": tensor_pb2.Tensor(
-        element_type=FLOAT32, shape=[1], ref=tensor_pb2.TensorRef(digest="../../etc/passwd")
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_TENSORS)
-async def test_a_bad_tensor_is_refused_by_name(ports: Ports, case: str) -> None:
-    answer = await ports.send("vae", "VaeService/Decode", decode_request(latents=BAD_TENSORS[case]))
-    answer.check_refused(INVALID, "INVALID_TENSOR", "latents")
-    raw = denoise_request(named("prompt_embeds", BAD_TENSORS[case]))
-    answer = await ports.send("denoiser", "DenoiserService/Denoise", raw)
-    answer.check_refused(INVALID, "INVALID_TENSOR", "prompt_embeds")
-
-
-BAD_EMBEDDINGS = {
-    "wrong width": ([named("prompt_embeds", tensor([1, 8, 7], bytes(224)))], "prompt_embeds"),
-    "unknown name": ([named("prompt_embeds", EMBEDDING), named("lyrics", EMBEDDING)], "lyrics"),
-    "given twice": ([named("prompt_embeds", EMBEDDING)] * 2, "prompt_embeds"),
-    "missing": ([named("negative_prompt_embeds", EMBEDDING)], "prompt_embeds"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_EMBEDDINGS)
-async def test_bad_embeddings_are_refused_by_name(ports: Ports, case: str) -> None:
-    embeddings, name = BAD_EMBEDDINGS[case]
-    answer = await ports.send("denoiser", "DenoiserService/Denoise", denoise_request(*embeddings))
-    answer.check_refused(INVALID, "INVALID_TENSOR", name)
-
-
-@pytest.mark.parametrize("address", ["169.254.169.254:80", "127.0.0.1:22", "file:///etc/passwd", "", "x" * 10_000])
-async def test_a_ref_to_a_stranger_is_not_followed(ports: Ports, address: str) -> None:
-    ref = tensor_pb2.TensorRef(digest="0" * 64, holder_address=address)
-    latents = tensor_pb2.Tensor(element_type=FLOAT32, shape=[1, 4, 16, 16], ref=ref)
-    answer = await ports.send("vae", "VaeService/Decode", decode_request(latents=latents))
-    answer.check_refused(INVALID, "UNKNOWN_HOLDER", "latents")
-
-
-async def test_a_tensor_that_nobody_holds_is_not_found(ports: Ports) -> None:
-    for digest in ("0" * 64, "", "../../etc/passwd", "x" * 100_000):
-        raw = tensor_pb2.FetchRequest(digest=digest).SerializeToString()
-        for stage in ("encoder", "denoiser", "vae"):
-            answer = await ports.send(stage, "TensorService/Fetch", raw)
-            assert answer.error is not None
-            assert answer.error.code() is grpc.StatusCode.NOT_FOUND
-            assert answer.after_s < AT_ONCE_S
-
-
-@pytest.mark.parametrize("service", SERVICES)
-async def test_random_bytes_never_crash_a_service(ports: Ports, service: str) -> None:
-    source = random.Random(service)
-    module, name = SERVICES[service]
-    for method in module.DESCRIPTOR.services_by_name[name].methods_by_name:
-        for _ in range(25):
-            answer = await ports.send(service, f"{name}/{method}", source.randbytes(source.randrange(200)))
-            assert answer.error is None or answer.error.code() in (INVALID, grpc.StatusCode.NOT_FOUND), answer.error
-            assert answer.after_s < AT_ONCE_S
-
-
-@pytest.mark.parametrize("service", SERVICES)
-async def test_a_message_over_the_limit_is_refused(ports: Ports, service: str) -> None:
-    module, name = SERVICES[service]
-    method = next(iter(module.DESCRIPTOR.services_by_name[name].methods_by_name))
-    answer = await ports.send(service, f"{name}/{method}", b"\x0a" + bytes(10 << 20))
-    assert answer.error is not None
-    assert answer.error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-@pytest.mark.parametrize("service", SERVICES)
-async def test_metadata_of_64_kib_is_refused(ports: Ports, service: str) -> None:
-    module, name = SERVICES[service]
-    method = next(iter(module.DESCRIPTOR.services_by_name[name].methods_by_name))
-    metadata = (("x-large", "x" * (64 << 10)),)
-    answer = await ports.send(service, f"{name}/{method}", b"", metadata=metadata)
-    assert answer.error is not None
-    assert answer.error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-async def test_a_method_that_is_not_there_is_unimplemented(ports: Ports) -> None:
-    for method in ("RouterService/Delete", "../etc/passwd", "RouterService/Generate/x"):
-        answer = await ports.send("router", method, b"")
-        assert answer.error is not None
-        assert answer.error.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_a_thousand_bad_requests_at_once_do_not_delay_a_good_one(ports: Ports, client: Client) -> None:
