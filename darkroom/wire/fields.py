@@ -11,7 +11,8 @@ MAX_STEPS = 1000
 MAX_GUIDANCE_SCALE = 100.0
 MAX_IMAGES = 10
 MIN_SIZE_PX, MAX_SIZE_PX = 16, 2048
-MAX_PIXELS = 2048 * 2048
+MAX_PIXELS = 10 * 1024 * 1024
+"""Of all images of a request together: as PNG, at worst, they fill the largest message."""
 MAX_SEED = (1 << 63) - 1
 MAX_PARAMETERS = 32
 MAX_PARAMETER_CHARACTERS = 64_000
@@ -76,6 +77,13 @@ def check_size(width_px: int, height_px: int, multiple_px: int) -> tuple[int, in
         if value % multiple_px:
             raise InvalidField(field, f"must be a multiple of {multiple_px}, not {value}")
     return width_px, height_px
+
+
+def check_pixels(width_px: int, height_px: int, image_count: int) -> None:
+    """Raises InvalidField when the images of a request are too much together."""
+    if width_px * height_px * image_count > MAX_PIXELS:
+        most = MAX_PIXELS // (width_px * height_px)
+        raise InvalidField("image_count", f"must be at most {most} at {width_px}x{height_px}, not {image_count}")
 
 
 def check_guidance_scale(value: float) -> float:

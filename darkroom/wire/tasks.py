@@ -70,6 +70,7 @@ def parse_denoise(message: denoiser_pb2.DenoiseRequest) -> DenoiseTask:
     """Raises InvalidField or InvalidTensor."""
     width_px, height_px = fields.check_size(message.width_px, message.height_px, 1)
     image_count = fields.check_count("image_count", message.image_count, fields.MAX_IMAGES)
+    fields.check_pixels(width_px, height_px, image_count)
     return DenoiseTask(
         request_id=fields.check_request_id(message.request_id),
         model_id=fields.check_model_id(message.model_id),

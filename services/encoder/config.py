@@ -9,8 +9,8 @@ from darkroom.runtime.stage import StageConfig
 class EncoderConfig(StageConfig):
     """Encodes prompts into embeddings."""
 
-    embedding_cache_bytes: int = 64 << 20
-    """Bytes of embeddings kept for equal prompts: 500 of SD 1.5's. 0 keeps none."""
+    embedding_cache_bytes: int = 16 << 20
+    """Bytes of embeddings kept for equal prompts: 70 of SD 1.5's with their negatives. 0 keeps none."""
 
     def __post_init__(self) -> None:
         """Raises ValueError."""

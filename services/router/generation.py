@@ -92,6 +92,7 @@ def _entry(model_id: str, view: ClusterView) -> ModelEntry:
 
 def _check_denoise(work: DenoiseWork, entry: ModelEntry) -> None:
     fields.check_size(work.width_px, work.height_px, entry.size_multiple_px)
+    fields.check_pixels(work.width_px, work.height_px, work.image_count)
     fields.check_scheduler(work.scheduler, entry.schedulers)
 
 

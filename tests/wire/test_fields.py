@@ -107,6 +107,13 @@ def test_a_size_that_is_no_multiple_says_of_what() -> None:
     assert "multiple of 16" in refused("height_px", lambda: fields.check_size(64, 72, 16))
 
 
+def test_the_images_of_a_request_fit_into_one_message_together() -> None:
+    fields.check_pixels(1024, 1024, 10)
+    fields.check_pixels(2048, 2048, 2)
+    said = refused("image_count", lambda: fields.check_pixels(2048, 2048, 3))
+    assert said == "image_count must be at most 2 at 2048x2048, not 3"
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 7.5, 100.0])
 def test_a_guidance_scale_within_its_limits_is_kept(value: float) -> None:
     assert fields.check_guidance_scale(value) == value
