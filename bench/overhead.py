@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from bench.children import read_cpu
+from bench.load import describe, other_cores, read_load
 from bench.report import command_line, console, finish, machine, quantile, ratio_of_medians, table
 from bench.tasks import Task, distinct_prompts
 from bench.worker import Worker, worker
@@ -39,9 +40,8 @@ class Turn:
 
     services: Drawn
     services_s: float
-    repeated: Drawn
-    """A prompt whose embedding the encoder still has."""
     repeated_s: float
+    """With a prompt whose embedding the encoder still has."""
     plain: dict[str, Any]
     inside: dict[str, Any]
 
@@ -67,20 +67,21 @@ class Sides:
         drawn = await self.client.draw(task.drawing(self.model_id))
         return drawn, time.perf_counter() - start_s
 
-    async def turn(self, number: int, task: Task, repeated: Task) -> Turn:
-        """Every side once, starting with another one each turn."""
-        runs: list[Callable[[], Awaitable[Any]]] = [
-            lambda: self.services(task),
-            lambda: self.plain.ask(**asdict(task)),
-            lambda: self.services(repeated),
-            lambda: self.inside.ask(**asdict(task)),
-        ]
-        answers: dict[int, Any] = {}
-        for place in range(len(runs)):
-            which = (number + place) % len(runs)
-            answers[which] = await runs[which]()
-        (services, services_s), plain, (repeated, repeated_s), inside = (answers[which] for which in range(len(runs)))
-        return Turn(services, services_s, repeated, repeated_s, plain, inside)
+    async def turn(self, number: int, task: Task, known: Task) -> Turn:
+        """Every side once, starting with another one each turn; `known` has a prompt seen before."""
+        answers: dict[str, Any] = {}
+        runs: dict[str, Callable[[], Awaitable[Any]]] = {
+            "services": lambda: self.services(task),
+            "plain": lambda: self.plain.ask(**asdict(task)),
+            "repeated": lambda: self.services(known),
+            "inside": lambda: self.inside.ask(**asdict(task)),
+        }
+        order = list(runs)
+        for place in range(len(order)):
+            name = order[(number + place) % len(order)]
+            answers[name] = await runs[name]()
+        services, services_s = answers["services"]
+        return Turn(services, services_s, answers["repeated"][1], answers["plain"], answers["inside"])
 
 
 async def measure(sides: Sides, count: int, step_count: int, guidance_scale: float) -> list[Turn]:
@@ -173,11 +174,11 @@ def show(turns: Sequence[Turn], figures: Mapping[str, Any]) -> None:
     table("CPU of each process per request, ms", ["process", "ms"], cpu)
     console.print(
         f"Aim {AIM_RATIO:.2f}, goal {GOAL_RATIO:.2f}. Equal pixels in {figures['same_picture_count']} of {len(turns)}. "
-        f"The idle cluster keeps {figures['idle_cores']:.3f} cores busy."
+        f"The idle cluster keeps {figures['idle_cores']:.3f} cores busy. {describe(figures['other_cores'])}"
     )
 
 
-_NAMES = {"services": "five services", "repeated": "five services, prompt seen before", "plain": "plain diffusers"}
+_NAMES = {"services": "services", "repeated": "services, prompt seen before", "plain": "plain diffusers"}
 
 
 def _milliseconds(value_s: float | None) -> str:
@@ -223,12 +224,14 @@ async def compare(config: ClusterConfig, model_id: str, turn_count: int) -> dict
         await asyncio.sleep(_IDLE_S)
         idle = read_cpu(cluster)
         defaults = model.default_step_count, model.default_guidance_scale
+        load = read_load()
         turns = await measure(Sides(client, model_id, *beside), turn_count, *defaults)
-        spent = idle.until(read_cpu(cluster))
+        others, spent = other_cores(load, read_load()), idle.until(read_cpu(cluster))
     drawn_count = 2 * (len(turns) + _WARM_UP_COUNT)
     figures = summarise(turns, defaults[0]) | {
         "step_count": defaults[0],
         "guidance_scale": defaults[1],
+        "other_cores": others,
         "idle_cores": before.share_until(idle),
         "cpu_s_per_request": {name: spent_s / drawn_count for name, spent_s in spent.items()},
     }

@@ -61,6 +61,11 @@ def quantile(values: Iterable[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most of times in seconds."""
+    return {"p50_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
+
+
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table; the first column holds names, the others numbers."""
     shown = Table(title=title, title_justify="left", title_style="bold")

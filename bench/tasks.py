@@ -39,16 +39,19 @@ def distinct_prompts(count: int, seed: int) -> list[str]:
     return [f"{caption(random_scene(rng))} {seed} {number}" for number in range(count)]
 
 
-def mixed_tasks(count: int, seed: int) -> list[Task]:
-    """Tasks of 10 to 30 steps over three schedulers, each with its own guidance scale, prompt and seed."""
-    rng = random.Random(seed)
+def mixed_tasks(count: int, round_number: int) -> list[Task]:
+    """Tasks of 10 to 30 steps over three schedulers, each with its own guidance scale, prompt and seed.
+
+    Steps, schedulers and scales are the same in every round, so that rounds compare; prompts and seeds are not.
+    """
+    rng = random.Random(0)
     return [
         Task(
             prompt=prompt,
             step_count=rng.randint(10, 30),
             guidance_scale=round(rng.uniform(1.5, 8.0), 1),
-            seed=rng.randrange(1 << 32),
+            seed=1000 * round_number + number,
             scheduler=MIX_SCHEDULERS[number % len(MIX_SCHEDULERS)],
         )
-        for number, prompt in enumerate(distinct_prompts(count, seed))
+        for number, prompt in enumerate(distinct_prompts(count, seed=round_number))
     ]
