@@ -25,6 +25,7 @@ from bench.tasks import Task, mixed_tasks
 from bench.worker import Worker, worker
 from darkroom.client import Client, Drawn
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster
+from darkroom.v1 import stage_pb2
 
 AIM_RATIO = 1.3
 _REQUEST_COUNT = 16
@@ -41,6 +42,7 @@ class Together:
     """When each request was done, from the start."""
     batched_share: float
     """Of all forwards, how many shared a batch with another request's."""
+    forwards_per_batch: float
     cpu_s: dict[str, float]
 
 
@@ -72,6 +74,7 @@ class Sides:
 
     async def draw_together(self, tasks: Sequence[Task]) -> Together:
         """All tasks at once through the cluster."""
+        forwards, batches = await self.count_forwards()
         before = read_cpu(self.cluster)
         start_s = time.perf_counter()
 
@@ -80,12 +83,21 @@ class Sides:
             return drawn, time.perf_counter() - start_s
 
         done = await asyncio.gather(*(draw(task) for task in tasks))
+        whole_s, after = time.perf_counter() - start_s, read_cpu(self.cluster)
+        forwards_after, batches_after = await self.count_forwards()
         return Together(
-            whole_s=time.perf_counter() - start_s,
+            whole_s=whole_s,
             finished_s=[finished_s for _, finished_s in done],
             batched_share=sum(drawn.batched_forward_count for drawn, _ in done) / sum(t.step_count for t in tasks),
-            cpu_s=before.until(read_cpu(self.cluster)),
+            forwards_per_batch=(forwards_after - forwards) / (batches_after - batches),
+            cpu_s=before.until(after),
         )
+
+    async def count_forwards(self) -> tuple[int, int]:
+        """Forwards and batches that the denoisers have run so far."""
+        reports = await self.client.replicas()
+        states = [r.state for r in reports if r.state and r.listed.stage == stage_pb2.STAGE_DENOISER]
+        return sum(state.forward_count for state in states), sum(state.batch_count for state in states)
 
     async def draw_in_turn(self, threads: int, tasks: Sequence[Task]) -> list[dict[str, Any]]:
         """One task after another by plain diffusers."""
@@ -160,6 +172,7 @@ def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
         "side_by_side": spread([played.side_by_side_s for played in rounds]),
         "speedup": asdict(ratio_of_medians(plain[best], cluster)),
         "batched_share": statistics.fmean(one.batched_share for one in together),
+        "forwards_per_batch": statistics.fmean(one.forwards_per_batch for one in together),
         "cpu_s": cpu,
         "busy_cores": sum(cpu.values()) / statistics.median(cluster),
         "encode_and_decode_s": statistics.median(t.get("encode_s", 0.0) + t.get("vae_s", 0.0) for t in alone),
@@ -202,7 +215,7 @@ def show(figures: Mapping[str, Any], layout: str) -> None:
     console.print(
         f"{gain['value']:.2f} times plain diffusers ({gain['low']:.2f} to {gain['high']:.2f}), aim {AIM_RATIO}. "
         f"{share['unet']:.0%} of the UNet's bound, {share['with_encode_and_decode']:.0%} with encoding and decoding. "
-        f"{figures['batched_share']:.0%} of forwards shared a batch; {figures['busy_cores']:.2f} cores busy. "
+        f"{figures['forwards_per_batch']:.1f} forwards a batch; {figures['busy_cores']:.2f} cores busy. "
         f"{describe(figures['other_cores'])}"
     )
 
@@ -232,7 +245,9 @@ async def compare(config: ClusterConfig, model_id: str, round_count: int, window
             return await stack.enter_async_context(beside)
 
         cluster = await stack.enter_async_context(LocalCluster(config))
-        client = await stack.enter_async_context(Client(router_address=cluster.addresses.router))
+        addresses = cluster.addresses
+        client = Client(router_address=addresses.router, cachemgr_address=addresses.cachemgr)
+        await stack.enter_async_context(client)
         numbers = range(1, config.denoisers + 1)
         plain = {threads: await start(f"plain-{threads}", "plain", threads) for threads in sorted({1, _CORES})}
         side_by_side = [await start(f"beside-{number}", "plain", config.threads) for number in numbers]
