@@ -19,7 +19,7 @@ GENERATE := $(PYTHON) -m grpc_tools.protoc -Iprotos
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test check proto bench gpu compose-test train-shapes judge clean \
-    check-format check-lint check-types check-imports check-protos check-generated
+    check-format check-lint check-types check-imports check-protos check-generated check-compose
 
 help:  ## Lists the targets.
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -38,7 +38,7 @@ test gpu: export OMP_NUM_THREADS ?= 1
 test: $(VENV)  ## Runs the tests that need no GPU and no Docker.
 	$(PYTHON) -m pytest -m "not compose"
 
-check: check-format check-lint check-types check-imports check-protos check-generated  ## Runs every check but the tests.
+check: check-format check-lint check-types check-imports check-protos check-generated check-compose  ## Runs every check but the tests.
 
 proto: $(VENV)  ## Writes darkroom/v1 anew from protos.
 	$(GENERATE) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
@@ -100,6 +100,9 @@ check-generated: $(VENV)
 	$(GENERATE) --python_out="$$new" --pyi_out="$$new" --grpc_python_out="$$new" $(PROTOS); \
 	diff -r -x __init__.py -x __pycache__ "$$new/darkroom/v1" darkroom/v1 && echo "darkroom/v1 is what protos generate" \
 	    || { echo "darkroom/v1 is not what protos generate: run make proto" >&2; exit 1; }
+
+check-compose: $(VENV)
+	$(PYTHON) -m pytest -q tests/compose/test_compose_file.py
 
 # A second make spends nothing here unless what is installed changed.
 $(VENV): pyproject.toml constraints.txt

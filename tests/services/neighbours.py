@@ -61,6 +61,11 @@ class RunningStage:
         """Forwards run since the start."""
         return self.replica.state().engine.forwards
 
+    @property
+    def batch_count(self) -> int:
+        """Batches run since the start."""
+        return self.replica.state().engine.batches
+
     async def kill(self) -> None:
         """Breaks every connection. The registry lists the replica until its lease ends."""
         await self.server._server.stop(grace=None)

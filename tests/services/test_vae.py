@@ -1,5 +1,6 @@
 """The VAE over gRPC: image files that say what they were made from, and refusals."""
 
+import asyncio
 import io
 from typing import Any
 
@@ -12,7 +13,15 @@ from PIL import Image
 from darkroom.models.tensors import to_raw
 from darkroom.v1 import tensor_pb2, vae_pb2, vae_pb2_grpc
 from darkroom.wire.tensors import value_message
-from tests.services.neighbours import MODEL, SIZE_PX, Neighbours, RunningStage, failure_of
+from tests.services.neighbours import (
+    MODEL,
+    SIZE_PX,
+    Neighbours,
+    RunningStage,
+    engine_held,
+    eventually,
+    failure_of,
+)
 
 LATENTS = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 NOT_FINITE = LATENTS[:1].clone().index_fill_(3, torch.tensor([5]), torch.inf)
@@ -51,6 +60,21 @@ async def test_each_row_becomes_a_picture_of_its_own(neighbours: Neighbours) -> 
         assert (alone.width_px, alone.height_px) == (SIZE_PX, SIZE_PX)
         assert np.abs(np.asarray(opened(alone)).astype(int) - picture.astype(int)).max() <= 1
     assert not np.array_equal(together[0], together[1])
+
+
+async def test_requests_that_wait_together_share_a_batch_unless_deterministic(neighbours: Neighbours) -> None:
+    vae = await neighbours.stage("vae")
+    await decode(vae, decode_request())
+    forwards, batches = vae.forward_count, vae.batch_count
+    async with engine_held(vae):
+        shared = [asyncio.ensure_future(decode(vae, decode_request(message(LATENTS[i : i + 1])))) for i in range(3)]
+        alone = asyncio.ensure_future(decode(vae, decode_request(deterministic=True)))
+        await eventually(lambda: vae.running_count == 4)
+        await asyncio.sleep(0.3)  # accepted; a moment later all four wait for the engine
+    pictures = [opened((await answer).images[0]) for answer in (*shared, alone)]
+    assert len({picture.tobytes() for picture in pictures[:3]}) == 3
+    assert vae.forward_count - forwards == 4
+    assert vae.batch_count - batches == 2
 
 
 @pytest.mark.parametrize(
