@@ -13,7 +13,7 @@ import torch
 
 from bench.stopwatch import Stopwatch
 from bench.worker import Answer, Question, answer_lines, worker_flags
-from darkroom.models import programs
+from darkroom.models import denoising, programs
 from darkroom.models.executor import Executor
 from darkroom.models.loader import Part, load_part
 from darkroom.wire.tasks import DecodeTask, DenoiseTask, EncodeTask
@@ -43,7 +43,7 @@ class InsidePipeline:
         encode, denoise, decode = _works(self._model_id, task, denoiser)
         times: Answer = {}
         embeddings = self._time(times, "encode_s", lambda: programs.encode(encoder, encode))
-        latents = self._time(times, "denoise_s", lambda: programs.denoise(denoiser, denoise, embeddings, _ignore))
+        latents = self._time(times, "denoise_s", lambda: denoising.denoise(denoiser, denoise, embeddings, _ignore))
         images = self._time(times, "decode_s", lambda: programs.decode(vae, decode, latents))
         start_s = time.perf_counter()
         images[0].save(io.BytesIO(), format="PNG")

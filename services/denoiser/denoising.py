@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from darkroom.models import programs
+from darkroom.models import checks, denoising
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw, to_torch
 from darkroom.runtime.exchange import TensorSource
@@ -45,8 +45,8 @@ class Denoising:
             part = await self._replica.part(task.model_id)
             raw = await self._source.bring_all(task.embeddings)
             embeddings = {name: to_torch(value) for name, value in raw.items()}
-            programs.check_request(part, task)
-            programs.check_embeddings(part, task, embeddings)
+            checks.check_request(part, task)
+            checks.check_embeddings(part, task, embeddings)
             loop = asyncio.get_running_loop()
             steps: asyncio.Queue[StepDone | None] = asyncio.Queue()
 
@@ -54,7 +54,7 @@ class Denoising:
                 loop.call_soon_threadsafe(steps.put_nowait, StepDone(step, step_count))
 
             work = asyncio.create_task(
-                self._replica.run(lambda: programs.denoise(part, task, embeddings, on_step), alone=task.deterministic)
+                self._replica.run(lambda: denoising.denoise(part, task, embeddings, on_step), alone=task.deterministic)
             )
             work.add_done_callback(lambda _: steps.put_nowait(None))
             try:

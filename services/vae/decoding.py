@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from darkroom.models import programs
+from darkroom.models import checks, programs
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_torch
 from darkroom.runtime.exchange import TensorSource
@@ -38,7 +38,7 @@ class Decoding:
         async with self._replica.accepted():
             part = await self._replica.part(task.model_id)
             latents = to_torch(await self._source.bring("latents", task.latents))
-            programs.check_latents(part, task, latents)
+            checks.check_latents(part, task, latents)
             images, _ = await self._replica.run(lambda: programs.decode(part, task, latents), alone=task.deterministic)
             return await asyncio.to_thread(lambda: [_png(image, task.parameters) for image in images])
 

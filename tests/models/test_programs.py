@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from darkroom.models import programs
+from darkroom.models import checks, denoising, programs
 from darkroom.models.executor import Executor
 from darkroom.models.loader import Part, load_part
 from darkroom.wire.tasks import DecodeTask, DenoiseTask, EncodeTask
@@ -79,10 +79,10 @@ def test_stages_apart_and_batched_match_plain_diffusers(tiny_store: Path, model_
     started = []
     for (_, seed, steps, guidance), embeddings in zip(wanted, encoded, strict=True):
         task = denoise_task(model_id, seed, steps, guidance)
-        programs.check_embeddings(denoiser, task, embeddings.result())
+        checks.check_embeddings(denoiser, task, embeddings.result())
         started.append(
             executor.submit(
-                partial(programs.denoise, denoiser, task, embeddings.result(), lambda *s: steps_seen.append(s))
+                partial(denoising.denoise, denoiser, task, embeddings.result(), lambda *s: steps_seen.append(s))
             )
         )
     latents = [future.result() for future, _ in started]
@@ -101,7 +101,7 @@ def test_stages_apart_and_batched_match_plain_diffusers(tiny_store: Path, model_
         parameters={},
         deterministic=False,
     )
-    programs.check_latents(vae, decode_task, latents[0])
+    checks.check_latents(vae, decode_task, latents[0])
     image = executor.submit(lambda: programs.decode(vae, decode_task, latents[0]))[0].result()[0]
     expected_image = plain(
         PROMPTS[0],
@@ -125,7 +125,7 @@ def test_alone_means_bit_for_bit_equal_beside_others(tiny_store: Path) -> None:
     )[0].result()
     runs = [
         executor.submit(
-            partial(programs.denoise, denoiser, denoise_task("tiny-sd", seed, 6, 5.0), embeddings, lambda *_: None),
+            partial(denoising.denoise, denoiser, denoise_task("tiny-sd", seed, 6, 5.0), embeddings, lambda *_: None),
             alone=seed == 1,
         )
         for seed in range(4)
@@ -165,12 +165,12 @@ def test_cancelling_ends_a_program_and_spares_the_others(tiny_store: Path) -> No
             started.set_result(None)
 
     long, _ = executor.submit(
-        lambda: programs.denoise(denoiser, denoise_task("tiny-sd", 0, 900, 5.0), embeddings, on_step)
+        lambda: denoising.denoise(denoiser, denoise_task("tiny-sd", 0, 900, 5.0), embeddings, on_step)
     )
     started.result(timeout=30)
     assert long.cancel()
     short, _ = executor.submit(
-        lambda: programs.denoise(denoiser, denoise_task("tiny-sd", 0, 4, 5.0), embeddings, lambda *_: None)
+        lambda: denoising.denoise(denoiser, denoise_task("tiny-sd", 0, 4, 5.0), embeddings, lambda *_: None)
     )
     assert short.result(timeout=30).shape == (1, 4, 16, 16)
     after = len(seen)
@@ -187,8 +187,8 @@ def test_one_failing_forward_does_not_take_its_batch_along(tiny_store: Path) -> 
     ].result()
     wrong = {name: value[..., :7] for name, value in embeddings.items()}
     task = denoise_task("tiny-sd", 0, 4, 5.0)
-    bad, _ = executor.submit(lambda: programs.denoise(denoiser, task, wrong, lambda *_: None))
-    good, _ = executor.submit(lambda: programs.denoise(denoiser, task, embeddings, lambda *_: None))
+    bad, _ = executor.submit(lambda: denoising.denoise(denoiser, task, wrong, lambda *_: None))
+    good, _ = executor.submit(lambda: denoising.denoise(denoiser, task, embeddings, lambda *_: None))
     assert good.result().isfinite().all()
     with pytest.raises(RuntimeError):
         bad.result()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from darkroom.errors import InvalidTensor
-from darkroom.models import programs
+from darkroom.models import checks, denoising, programs
 from darkroom.models.executor import Executor
 from darkroom.models.loader import load_part
 from darkroom.wire.tasks import DecodeTask, DenoiseTask, EncodeTask
@@ -78,13 +78,13 @@ def test_strange_embeddings_are_denoised_or_refused(tiny_store: Path, model_id: 
     for change, apply in CHANGES.items():
         for name in good:
             embeddings = {**good, name: apply(good[name])}
-            check = partial(programs.check_embeddings, denoiser, task, embeddings)
+            check = partial(checks.check_embeddings, denoiser, task, embeddings)
             refused = refused_tensor(check)
             outcomes.setdefault(change, set()).add("refused" if refused else "denoised")
             if refused:
                 assert refused.removeprefix("negative_") == name.removeprefix("negative_")
                 continue
-            program = partial(programs.denoise, denoiser, task, embeddings, lambda *_: None)
+            program = partial(denoising.denoise, denoiser, task, embeddings, lambda *_: None)
             assert executor.submit(program)[0].result().shape[0] == 1
     executor.close()
     assert all(outcomes[change] == {"refused"} for change in ("whole", "narrow", "wide", "two rows", "not finite"))
@@ -108,7 +108,7 @@ def test_strange_latents_are_decoded_or_refused(tiny_store: Path, model_id: str)
     good = torch.zeros(1, 64, channels * 4) if vae.family.packed_latents else torch.zeros(1, channels, 16, 16)
     for change, apply in CHANGES.items():
         latents = apply(good)
-        refused = refused_tensor(partial(programs.check_latents, vae, task, latents))
+        refused = refused_tensor(partial(checks.check_latents, vae, task, latents))
         if refused:
             assert refused == "latents"
             assert change not in ("half", "bfloat16", "two rows")
