@@ -5,17 +5,24 @@
     │   ├── InvalidField          a field's value
     │   ├── InvalidTensor         a tensor's type, shape or bytes
     │   ├── InvalidGraph          a node of a graph
+    │   ├── InvalidCheckpoint     a checkpoint that is none, or of another request
+    │   ├── InvalidCall           arguments that a network does not take
     │   ├── UnknownHolder         a tensor ref that points outside the cluster
     │   └── MalformedMessage      bytes that are no message
     ├── NotFound              ask for something else
     │   ├── ModelNotFound
+    │   ├── NetworkNotHeld
     │   └── TensorNotFound
     ├── UnusableModel         ask the operator to repair the model
+    ├── UnusableCheckpoint    start again without it
+    ├── StaleEpoch            give up: a later attempt has taken over
     ├── DigestMismatch        bytes are not what their name says
     ├── Overloaded            try again after `retry_after_s`
     │   └── QueueFull
     ├── Unavailable           try another replica
     │   ├── Draining
+    │   ├── Moved                 go on elsewhere from the last checkpoint
+    │   ├── Stalled
     │   ├── StageUnavailable
     │   └── RegistryUnavailable
     └── DeadlinePassed        allow more time
@@ -67,6 +74,20 @@ class InvalidGraph(InvalidRequest):
         super().__init__(f"graph node {node!r} {problem}", node=node, problem=problem)
 
 
+class InvalidCheckpoint(InvalidRequest):
+    """A checkpoint cannot be read, or belongs to another request."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"checkpoint {problem}", problem=problem)
+
+
+class InvalidCall(InvalidRequest):
+    """A network does not take these arguments."""
+
+    def __init__(self, network: str, problem: str) -> None:
+        super().__init__(f"network {network} {problem}", network=network, problem=problem)
+
+
 class UnknownHolder(InvalidRequest):
     """A tensor ref names an address that is no replica of this cluster."""
 
@@ -92,6 +113,13 @@ class ModelNotFound(NotFound):
         super().__init__(f"model_id {model_id!r} is not in the catalogue", model_id=model_id)
 
 
+class NetworkNotHeld(NotFound):
+    """The model has no such network, or another stage holds it."""
+
+    def __init__(self, network: str) -> None:
+        super().__init__(f"network {network!r} is not held here", network=network)
+
+
 class TensorNotFound(NotFound):
     """The holder does not keep this tensor, or no longer."""
 
@@ -104,6 +132,20 @@ class UnusableModel(DarkroomError):
 
     def __init__(self, model_id: str, problem: str) -> None:
         super().__init__(f"model_id {model_id!r} cannot be used: {problem}", model_id=model_id, problem=problem)
+
+
+class UnusableCheckpoint(DarkroomError):
+    """The checkpoint is sound, but this replica cannot go on from it exactly."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"checkpoint cannot be used here: {problem}", problem=problem)
+
+
+class StaleEpoch(DarkroomError):
+    """Another attempt at the same request, with a later epoch, has taken over."""
+
+    def __init__(self, epoch: str, latest: str) -> None:
+        super().__init__(f"epoch {epoch} is over: epoch {latest} has taken over", epoch=epoch, latest=latest)
 
 
 class DigestMismatch(DarkroomError):
@@ -138,6 +180,20 @@ class Draining(Unavailable):
 
     def __init__(self, replica_id: str) -> None:
         super().__init__(f"replica {replica_id} is draining", replica_id=replica_id)
+
+
+class Moved(Unavailable):
+    """The replica goes down and hands the request back: it goes on elsewhere from its last checkpoint."""
+
+    def __init__(self, replica_id: str) -> None:
+        super().__init__(f"replica {replica_id} hands the request back", replica_id=replica_id)
+
+
+class Stalled(Unavailable):
+    """The replica's engine does not come back from a forward."""
+
+    def __init__(self, replica_id: str) -> None:
+        super().__init__(f"replica {replica_id} makes no progress", replica_id=replica_id)
 
 
 class StageUnavailable(Unavailable):

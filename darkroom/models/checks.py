@@ -6,19 +6,20 @@ import torch
 
 from darkroom.errors import InvalidField, InvalidTensor
 from darkroom.models.loader import Part
+from darkroom.models.spaces import frame_count_of, latent_shape, size_multiple_px, spatial_factor
 from darkroom.models.tensors import check_finite
 from darkroom.schedulers import schedulers_for
 from darkroom.wire.fields import MAX_IMAGES, check_scheduler, check_size
 from darkroom.wire.tasks import DecodeTask, DenoiseTask
 
-_PIPELINE_MULTIPLE_PX = 8  # every pipeline insists on it, whatever its VAE's factor
+_MAX_FRAMES = 1024
 
 
 def check_request(part: Part, task: DenoiseTask) -> None:
-    """Raises InvalidField unless the model can draw this size with this scheduler."""
-    factor = 2 ** (len(part.pipeline.vae.config.block_out_channels) - 1)
-    patch = part.denoiser_config.get("patch_size", 1) if not part.family.packed_latents else 2
-    check_size(task.width_px, task.height_px, max(_PIPELINE_MULTIPLE_PX, factor * patch))
+    """Raises InvalidField unless the model can draw this size in so many steps with this scheduler."""
+    check_size(task.width_px, task.height_px, size_multiple_px(part))
+    if task.step_count < part.family.fewest_steps:
+        raise InvalidField("step_count", f"must be at least {part.family.fewest_steps} for this model")
     check_scheduler(task.scheduler, schedulers_for(type(part.pipeline.scheduler).__name__))
 
 
@@ -31,16 +32,58 @@ def check_embeddings(part: Part, task: DenoiseTask, embeddings: Mapping[str, tor
     for name, value in embeddings.items():
         if name not in part.family.embedding_names(guided=True):
             raise InvalidTensor(name[:64], f"is not an embedding of this model, which takes {', '.join(wanted)}")
-        dims = 2 if "pooled" in name else 3
+        dims = 2 if _is_mask(name) or "pooled" in name else 3
         if value.ndim != dims or value.shape[0] != 1:
             raise InvalidTensor(name, f"must be of shape [1, ...] with {dims} dimensions, not {list(value.shape)}")
-        width = _embedding_width(part, name)
-        if width is not None and value.shape[-1] != width:
-            raise InvalidTensor(name, f"has width {value.shape[-1]} where the model needs {width}")
-        positive = embeddings.get(name.removeprefix("negative_"), value)
-        if value.shape != positive.shape:
-            raise InvalidTensor(name, f"has shape {list(value.shape)} where its positive has {list(positive.shape)}")
-        check_finite(name, value)
+        if _is_mask(name):
+            _check_mask(name, value, embeddings)
+        else:
+            _check_embedding(part, name, value)
+        _check_against_positive(part, name, value, embeddings)
+
+
+def _is_mask(name: str) -> bool:
+    return "mask" in name
+
+
+def _check_mask(name: str, mask: torch.Tensor, embeddings: Mapping[str, torch.Tensor]) -> None:
+    """A mask is one number, 0 or 1, to a token of its embedding, and shows at least one."""
+    text = name.replace("attention_mask", "embeds")
+    if text in embeddings and mask.shape[1:] != embeddings[text].shape[1:2]:
+        raise InvalidTensor(name, f"has shape {list(mask.shape)} where {text} has {list(embeddings[text].shape)}")
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InvalidTensor(name, "must hold nothing but 0 and 1")
+    if not bool(mask.any()):
+        raise InvalidTensor(name, "must show at least one token")
+
+
+def _check_embedding(part: Part, name: str, value: torch.Tensor) -> None:
+    if not value.numel():
+        raise InvalidTensor(name, "must hold at least one token")
+    width = _embedding_width(part, name)
+    if width is not None and value.shape[-1] != width:
+        raise InvalidTensor(name, f"has width {value.shape[-1]} where the model needs {width}")
+    _check_token_count(part, name, value)
+    check_finite(name, value)
+
+
+def _check_token_count(part: Part, name: str, value: torch.Tensor) -> None:
+    count = part.denoiser_config.get(part.family.token_counts.get(name, ""))
+    if isinstance(count, int) and value.shape[1] != count:
+        raise InvalidTensor(name, f"has {value.shape[1]} tokens where the model needs {count}")
+    most = part.family.most_tokens.get(name)
+    if most is not None and value.shape[1] > most:
+        raise InvalidTensor(name, f"has {value.shape[1]} tokens; at most {most} are allowed")
+
+
+def _check_against_positive(part: Part, name: str, value: torch.Tensor, embeddings: Mapping[str, torch.Tensor]) -> None:
+    positive = embeddings.get(name.removeprefix("negative_"), value)
+    if part.family.equal_lengths:
+        agree = value.shape == positive.shape
+    else:
+        agree = _is_mask(name) or value.shape[-1] == positive.shape[-1]
+    if not agree:
+        raise InvalidTensor(name, f"has shape {list(value.shape)} where its positive has {list(positive.shape)}")
 
 
 def _embedding_width(part: Part, name: str) -> int | None:
@@ -55,16 +98,22 @@ def _embedding_width(part: Part, name: str) -> int | None:
 
 def check_latents(part: Part, task: DecodeTask, latents: torch.Tensor) -> None:
     """Raises InvalidTensor unless the latents are of this model's latent space and the image's size."""
-    config = part.pipeline.vae.config
-    factor = 2 ** (len(config.block_out_channels) - 1)
+    factor = spatial_factor(part)
     if task.width_px % factor or task.height_px % factor:
         raise InvalidField("width_px", f"and height_px must be multiples of {factor}")
-    height, width, channels = task.height_px // factor, task.width_px // factor, config.latent_channels
-    expected = (height // 2 * (width // 2), channels * 4) if part.family.packed_latents else (channels, height, width)
     if latents.ndim and len(latents) > MAX_IMAGES:
         raise InvalidTensor("latents", f"has {len(latents)} rows; at most {MAX_IMAGES} are allowed")
-    if tuple(latents.shape[1:]) != expected:
+    if part.family.latents:
+        _check_latent_shape(part, task, latents)
+    check_finite("latents", latents)
+
+
+def _check_latent_shape(part: Part, task: DecodeTask, latents: torch.Tensor) -> None:
+    frame_count = 1
+    if latents.ndim == len(part.family.latents):
+        frame_count = max(1, min(frame_count_of(part, task, latents), _MAX_FRAMES))
+    expected = latent_shape(part, task.width_px, task.height_px, frame_count)
+    if not latents.numel() or tuple(latents.shape[1:]) != expected:
         raise InvalidTensor(
             "latents", f"has shape {list(latents.shape)} where the model and size ask for {['n', *expected]}"
         )
-    check_finite("latents", latents)

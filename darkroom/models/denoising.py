@@ -1,56 +1,47 @@
-"""The denoiser's program: the pipeline's own loop from embeddings to latents, every step seen."""
+"""The denoiser's program: the pipeline's own loop from embeddings to latents, every step of it in a journal."""
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
+from darkroom.models.calls import call_arguments
+from darkroom.models.journal import Journal, RangeDone
 from darkroom.models.loader import Part
 from darkroom.models.own import fresh_scheduler, own_copy
+from darkroom.models.program import ProgramEnded, ProgramPushedOut
 from darkroom.wire.tasks import DenoiseTask
 
-StepCallback = Callable[[int, int], None]
 
-
-def denoise(
-    part: Part, task: DenoiseTask, embeddings: Mapping[str, torch.Tensor], on_step: StepCallback
-) -> torch.Tensor:
+def denoise(part: Part, task: DenoiseTask, embeddings: Mapping[str, torch.Tensor], journal: Journal) -> torch.Tensor:
     """Runs the pipeline from embeddings to latents [image_count, ...], in the layout of its `output_type="latent"`.
 
-    `on_step(step, step_count)` is called on the engine's thread after each solver step.
+    Run again with the same journal, after it was pushed out, it goes on after the last step that was done. Raises
+    InvalidCheckpoint when the journal starts from what does not fit.
     """
     pipeline = own_copy(part)
-    scheduler = fresh_scheduler(part.pipeline.scheduler, task.scheduler)
-    real_step = scheduler.step
-    done = 0
-
-    @functools.wraps(real_step)  # pipelines read its signature to learn whether to pass the generator
-    def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        answer = real_step(*args, **kwargs)
-        done += 1
-        on_step(done, len(scheduler.timesteps))
-        return answer
-
-    scheduler.step = step
-    pipeline.scheduler = scheduler
-    dtype = getattr(part.pipeline, part.family.denoiser).dtype  # not every pipeline casts embeddings it is given
-    latents: torch.Tensor = pipeline(
-        **{name: value.to(part.device, dtype) for name, value in embeddings.items()},
-        num_inference_steps=task.step_count,
-        guidance_scale=task.guidance_scale,
-        width=task.width_px,
-        height=task.height_px,
-        num_images_per_prompt=task.image_count,
-        generator=_generators(task.seed, task.image_count),
-        output_type="latent",
-        return_dict=False,
-    )[0]
+    pipeline.scheduler = fresh_scheduler(part.pipeline.scheduler, task.scheduler)
+    generators = [torch.Generator().manual_seed(task.seed + i) for i in range(task.image_count)]
+    journal.begin(pipeline.scheduler, generators, part.device)
+    for name in part.denoiser_names:
+        object.__setattr__(pipeline, name, journal.watch(getattr(part.pipeline, name), name))
+    try:
+        latents: torch.Tensor = pipeline(
+            **call_arguments(
+                part,
+                embeddings,
+                step_count=task.step_count,
+                guidance_scale=task.guidance_scale,
+                width_px=task.width_px,
+                height_px=task.height_px,
+                image_count=task.image_count,
+            ),
+            generator=generators[0] if task.image_count == 1 else generators,
+            output_type="latent",
+            return_dict=False,
+        )[0]
+    except RangeDone as done:
+        return done.latents
+    except (ProgramPushedOut, ProgramEnded):
+        journal.keep()
+        raise
     return latents
-
-
-def _generators(seed: int, image_count: int) -> torch.Generator | list[torch.Generator]:
-    """Noise sources on the CPU, so that a seed means the same picture on every device."""
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(image_count)]
-    return generators[0] if image_count == 1 else generators

@@ -1,42 +1,47 @@
 """Runs programs, each in a greenlet, on one thread, and batches the network forwards they wait on.
 
-A program is ordinary code that calls networks. Where it calls one that is `Batched`, it leaves its greenlet with a
-`Forward` and comes back with the answer. Rules kept: greenlets live and die on the engine's thread; that thread is in
-inference mode for good, because grad mode belongs to the thread and not to the greenlet; nobody but that thread
-touches the waiting list. Others reach it by a thread-safe queue.
+Rules kept: greenlets live and die on the engine's thread; that thread is in inference mode for good, because grad mode
+belongs to the thread and not to the greenlet; nobody but that thread touches the queue and the programs. Others reach
+it by a thread-safe queue. Which forwards run together, and which requests hold a slot, is decided by `policy`; here it
+is done.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import greenlet
 import torch
 
-from darkroom.models.forwards import Forward, run_batch
+from darkroom.errors import DarkroomError, DeadlinePassed
+from darkroom.models.batches import BatchRunner
+from darkroom.models.forwards import Forward
+from darkroom.models.program import (
+    Errand,
+    Program,
+    ProgramCancelled,
+    ProgramEnded,
+    ProgramPushedOut,
+    Ticket,
+    fail,
+)
+from darkroom.policy.cost import CostCurve
+from darkroom.policy.fairness import ServedTime
+from darkroom.policy.slots import SlotRequest, choose_slots
 from darkroom.policy.stepbatch import WaitingForward, choose_batch
 
 T = TypeVar("T")
-_STOP = object()
-
-
-class ProgramCancelled(BaseException):
-    """Thrown into a program that nobody waits for any more; not an Exception, so that pipelines do not catch it."""
-
-
-@dataclass(slots=True)
-class ForwardCounts:
-    """What a program's forwards came to; complete once its future is done."""
-
-    forwards: int = 0
-    batched: int = 0
-    """Of those, how many shared a batch with another program's."""
+_STOP, _WAKE = object(), object()
+_LONGEST_SLEEP_S = 3600.0
+_MEAN_WEIGHT = 0.05
+_SLOTS_INTERVAL_S = 0.05
+"""While all slots are taken, how often it is looked whether somebody has to be pushed out."""
 
 
 @dataclass(slots=True)
@@ -47,152 +52,236 @@ class EngineCounts:
     forwards: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Program:
-    function: Callable[[], Any]
-    alone: bool
-    future: Future[Any]
-    counts: ForwardCounts
-    greenlet: greenlet.greenlet | None = field(default=None)
-    waiting: Forward | None = field(default=None)
+@dataclass(frozen=True, slots=True)
+class _Returned:
+    """An errand is done."""
 
-    def describe(self) -> WaitingForward:
-        assert self.waiting is not None
-        return WaitingForward(key=self.waiting.key, rows=self.waiting.rows, alone=self.alone)
-
-
-def wait_for(forward: Forward) -> Any:
-    """Called inside a program: leaves it until the forward's answer is there."""
-    hub = greenlet.getcurrent().parent
-    if hub is None:
-        raise RuntimeError("a batched network was called outside the executor")
-    return hub.switch(forward)
+    program: Program
+    errand: Errand
 
 
 class Executor:
     """One engine thread. `submit` may be called from any thread."""
 
-    def __init__(self, *, max_batch_rows: int, thread_count: int | None = None) -> None:
-        """`max_batch_rows`: rows of the largest batch; `thread_count`: torch threads, None for its own."""
-        self._max_batch_rows = max_batch_rows
-        self._thread_count = thread_count
+    def __init__(
+        self, *, max_batch_rows: int, slot_count: int = 64, thread_count: int | None = None, stage: str = "denoiser"
+    ) -> None:
+        """`slot_count`: programs resident at once; `thread_count`: torch threads, None for its own."""
+        self._max_batch_rows, self._slot_count = max_batch_rows, slot_count
+        self._thread_count, self._stage = thread_count, stage
         self._arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._waiting: list[_Program] = []
+        self._queued: list[Program] = []
+        self._resident: list[Program] = []
         self.counts = EngineCounts()
+        self.costs = CostCurve()
+        self._served = ServedTime()
+        self._handed_back_with: DarkroomError | None = None
+        self._mean_forward_s = 0.0
+        self._slots_due_s = 0.0
+        self._batches = BatchRunner(self.costs)
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._thread.start()
 
-    def submit(self, function: Callable[[], T], *, alone: bool = False) -> tuple[Future[T], ForwardCounts]:
+    def submit(
+        self, function: Callable[[], T], *, alone: bool = False, ticket: Ticket | None = None
+    ) -> tuple[Future[T], Ticket]:
         """Runs `function` as a program. Cancelling the future ends it at its next forward.
 
-        `alone`: its forwards run by themselves, exactly as called, so the result equals plain diffusers' bit for bit.
+        `alone` is short for a ticket that says so. The ticket's counts are complete once the future is done.
         """
-        program = _Program(function, alone, Future(), ForwardCounts())
+        ticket = ticket or Ticket(alone=alone)
+        program = Program(function, ticket, Future(), arrived_s=time.monotonic())
+        program.future.add_done_callback(lambda _: self._arrivals.put(_WAKE))
         self._arrivals.put(program)
-        return program.future, program.counts
+        return program.future, ticket
+
+    def hand_back(self, error: DarkroomError) -> None:
+        """Ends every program that can go on elsewhere, and any that still arrives, with `error` at its next stop."""
+        self._arrivals.put(error)
 
     def close(self) -> None:
-        """Ends the thread; programs still waiting are cancelled."""
+        """Ends the thread; programs still there are cancelled."""
         self._arrivals.put(_STOP)
         self._thread.join()
+
+    @property
+    def queued_count(self) -> int:
+        """Programs that wait for a slot."""
+        return len(self._queued)
+
+    @property
+    def resident_count(self) -> int:
+        """Programs that hold a slot."""
+        return len(self._resident)
+
+    def overdue_s(self, now_s: float) -> float:
+        """How much longer the batch that runs now takes than was to be expected; negative while it is in time."""
+        return self._batches.overdue_s(now_s)
 
     def _run(self) -> None:
         if self._thread_count is not None:
             torch.set_num_threads(self._thread_count)
         with torch.inference_mode():
-            while self._admit():
-                self._drop_cancelled()
-                if self._waiting:
-                    self._run_next_batch()
-        for program in self._waiting:
-            self._cancel(program)
+            while self._take_arrivals():
+                now_s = time.monotonic()
+                self._end_unwanted(now_s)
+                self._fill_slots(now_s)
+                self._run_next_batch(now_s)
+        for program in (*self._resident, *self._queued):
+            program.future.cancel()
+            program.end(ProgramCancelled())
 
-    def _admit(self) -> bool:
-        """Starts what has arrived; waits for an arrival when there is nothing else to do. False once stopped."""
+    def _take_arrivals(self) -> bool:
+        """Takes in what has arrived; waits for it when there is nothing else to do. False once stopped."""
+        patience_s = self._idle_s()
         while True:
             try:
-                arrived = self._arrivals.get(block=not self._waiting)
+                arrived = self._arrivals.get(timeout=patience_s)
             except queue.Empty:
                 return True
+            patience_s = 0.0  # only the first is worth waiting for
             if arrived is _STOP:
                 return False
-            if not arrived.future.cancelled():
-                arrived.greenlet = greenlet.greenlet(_guarded)
-                self._switch(arrived, arrived)
+            if isinstance(arrived, Program):
+                self._queued.append(arrived)
+            elif isinstance(arrived, _Returned):
+                self._return(arrived)
+            elif isinstance(arrived, DarkroomError):
+                self._handed_back_with = arrived
 
-    def _drop_cancelled(self) -> None:
-        for program in [program for program in self._waiting if program.future.cancelled()]:
-            self._waiting.remove(program)
-            self._cancel(program)
+    def _idle_s(self) -> float:
+        """How long to wait for an arrival: not at all while a forward waits or a slot can be filled."""
+        can_start = self._queued and len(self._resident) < self._slot_count
+        if can_start or any(program.forward for program in self._resident):
+            return 0.0
+        deadline_s = min((p.ticket.deadline_s for p in (*self._resident, *self._queued)), default=math.inf)
+        return max(0.0, min(deadline_s - time.monotonic(), _LONGEST_SLEEP_S))
 
-    def _cancel(self, program: _Program) -> None:
-        assert program.greenlet is not None
-        program.future.cancel()
-        program.greenlet.throw(ProgramCancelled())
+    def _return(self, returned: _Returned) -> None:
+        program, future = returned.program, returned.errand.future
+        if program.errand is not returned.errand:
+            return  # it was ended or pushed out meanwhile
+        error = ProgramCancelled() if future.cancelled() else future.exception()
+        self._took(program, program.resume(future.result() if error is None else error))
 
-    def _run_next_batch(self) -> None:
-        chosen = choose_batch([program.describe() for program in self._waiting], max_rows=self._max_batch_rows)
-        batch = [self._waiting[position] for position in chosen.positions]
-        taken = set(chosen.positions)
-        self._waiting = [program for position, program in enumerate(self._waiting) if position not in taken]
-        forwards = [program.waiting for program in batch if program.waiting is not None]
-        try:
-            answers = run_batch(forwards)
-        except Exception as error:  # noqa: BLE001 - whatever the network raised belongs to the programs that called it
-            self._run_one_by_one(batch, error)
+    def _end_unwanted(self, now_s: float) -> None:
+        for program in (*self._resident, *self._queued):
+            if program.future.cancelled():
+                self._forget(program, ProgramCancelled())
+            elif program.ticket.deadline_s <= now_s:
+                self._end(program, DeadlinePassed(self._stage))
+            elif self._handed_back_with is not None and program.ticket.movable:
+                self._end(program, self._handed_back_with)
+
+    def _end(self, program: Program, error: DarkroomError) -> None:
+        self._forget(program, ProgramEnded(error))
+        fail(program.future, error)  # one that had not started yet
+
+    def _forget(self, program: Program, reason: BaseException) -> None:
+        (self._resident if program in self._resident else self._queued).remove(program)
+        program.end(reason)
+
+    def _fill_slots(self, now_s: float) -> None:
+        if not self._queued:
             return
-        self._count(batch)
-        for program, answer in zip(batch, answers, strict=True):
-            self._switch(program, answer)
-
-    def _run_one_by_one(self, batch: list[_Program], error: Exception) -> None:
-        """A failed batch, call by call, so that only the call at fault fails."""
-        if len(batch) == 1:
-            self._resume(batch[0], partial(_throw, error))
+        if len(self._resident) + len(self._queued) <= self._slot_count:
+            starting = self._queued
+            self._queued = []
+        elif len(self._resident) < self._slot_count or now_s >= self._slots_due_s:
+            starting = self._make_room(now_s)
+            self._slots_due_s = now_s + _SLOTS_INTERVAL_S
+        else:
             return
-        for program in batch:
-            assert program.waiting is not None
-            try:
-                answer = program.waiting.run()
-            except Exception as own_error:  # noqa: BLE001 - as above
-                self._resume(program, partial(_throw, own_error))
-                continue
-            self._count([program])
-            self._switch(program, answer)
+        for program in starting:
+            self._resident.append(program)
+            self._took(program, program.start())
 
-    def _count(self, batch: list[_Program]) -> None:
+    def _make_room(self, now_s: float) -> list[Program]:
+        """Pushes out whom `choose_slots` says. Returns the programs to start."""
+        chosen = choose_slots(
+            [self._slot_request(program) for program in self._queued],
+            [self._slot_request(program) for program in self._resident],
+            slot_count=self._slot_count,
+            now_s=now_s,
+        )
+        starting = [self._queued[position] for position in chosen.start]
+        pushed_out = [self._resident[position] for position in chosen.push_out]
+        for program in starting:
+            self._queued.remove(program)
+        for program in pushed_out:
+            self._forget(program, ProgramPushedOut())
+            program.ticket.pushed_out += 1
+            if program.ticket.restartable:  # it may have found out that it is not
+                self._queued.append(program)
+        return starting
+
+    def _run_next_batch(self, now_s: float) -> None:
+        waiting = [program for program in self._resident if program.forward is not None]
+        if not waiting:
+            return
+        chosen = choose_batch(
+            [_place_in_line(program) for program in waiting],
+            now_s=now_s,
+            max_rows=self._max_batch_rows,
+            cost=self.costs.seconds,
+            served_s=self._served.read(now_s),
+            row_limits=self._batches.row_limits(now_s),
+        )
+        batch = [waiting[position] for position in chosen.positions]
+        for outcome in self._batches.run([_forward_of(program) for program in batch]):
+            programs = [batch[position] for position in outcome.positions]
+            self._count(programs, outcome.seconds)
+            for program, answer in zip(programs, outcome.answers, strict=True):
+                self._took(program, program.resume(answer))
+
+    def _count(self, programs: list[Program], seconds: float) -> None:
         self.counts.batches += 1
-        self.counts.forwards += len(batch)
-        for program in batch:
-            program.counts.forwards += 1
-            program.counts.batched += len(batch) > 1
+        self.counts.forwards += len(programs)
+        self._mean_forward_s += _MEAN_WEIGHT * (seconds - self._mean_forward_s)
+        rows = sum(_forward_of(program).rows for program in programs)
+        for program in programs:
+            ticket = program.ticket
+            ticket.forwards += 1
+            ticket.batched += len(programs) > 1
+            self._served.add(ticket.tenant, seconds * _forward_of(program).rows / rows, time.monotonic())
 
-    def _switch(self, program: _Program, value: Any) -> None:
-        self._resume(program, lambda hub: hub.switch(value))
-
-    def _resume(self, program: _Program, enter: Callable[[greenlet.greenlet], Any]) -> None:
-        """Lets a program run until its next forward or its end."""
+    def _took(self, program: Program, said: Any) -> None:
+        """Notes what a program stopped with."""
         assert program.greenlet is not None
-        program.waiting = None
-        said = enter(program.greenlet)
-        if isinstance(said, Forward):
-            program.waiting = said
-            self._waiting.append(program)
+        if program.greenlet.dead:
+            self._resident.remove(program)
+            program.greenlet = None
+        elif isinstance(said, Errand):
+            program.errand = said
+            said.future.add_done_callback(lambda _: self._arrivals.put(_Returned(program, said)))
+        else:
+            program.wait(said, time.monotonic())
+
+    def _slot_request(self, program: Program) -> SlotRequest:
+        ticket = program.ticket
+        return SlotRequest(
+            request_id=ticket.request_id,
+            deadline_s=ticket.deadline_s,
+            remaining_s=self._remaining_s(program),
+            priority=ticket.priority,
+            tenant=ticket.tenant,
+            waiting_since_s=program.arrived_s,
+            is_restartable=ticket.restartable,
+            pushed_out_count=ticket.pushed_out,
+        )
+
+    def _remaining_s(self, program: Program) -> float:
+        """Seconds a program still needs by itself; one that never ran is taken for an average one."""
+        if program.forward is not None:
+            program.forward_s = self.costs.seconds(program.forward.key, program.forward.rows)
+        return program.ticket.forwards_left * (program.forward_s or self._mean_forward_s)
 
 
-def _throw(error: Exception, into: greenlet.greenlet) -> Any:
-    return into.throw(error)
+def _forward_of(program: Program) -> Forward:
+    assert program.forward is not None
+    return program.forward
 
 
-def _guarded(program: _Program) -> None:
-    """The body of a program's greenlet: nothing escapes to the engine."""
-    try:
-        result = program.function()
-    except ProgramCancelled:
-        return
-    except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits for the future; the engine goes on
-        if program.future.set_running_or_notify_cancel():
-            program.future.set_exception(error)
-        return
-    if program.future.set_running_or_notify_cancel():
-        program.future.set_result(result)
+def _place_in_line(program: Program) -> WaitingForward:
+    assert program.place_in_line is not None
+    return program.place_in_line

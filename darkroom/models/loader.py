@@ -4,20 +4,26 @@ A model's files are not trusted: only classes of diffusers and transformers, onl
 """
 
 import json
+import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import structlog
 import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from darkroom.errors import UnusableModel
-from darkroom.models.families import FAMILIES, Family
+from darkroom.families import FAMILIES, UNSUPPORTED, Family
+from darkroom.models.derived import NotDerivable, derived_family
+from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Absent, Batched
 
 diffusers.utils.logging.set_verbosity_error()
@@ -25,9 +31,11 @@ transformers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()  # a bar is no log line
 transformers.utils.logging.disable_progress_bar()
 
+_log = structlog.get_logger()
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONING = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
 _VAE_METHODS = ("encode", "decode")
+_STORED_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_INDEX_BYTES = 1 << 20
 
 
@@ -57,24 +65,35 @@ class Part:
         return [_state(name, network) for name, network in sorted(self.networks.items())]
 
     @property
+    def denoiser_names(self) -> tuple[str, ...]:
+        """Components of the denoising loop that this model has: at least one."""
+        return tuple(name for name in self.family.denoisers if name in self.networks)
+
+    @property
+    def denoiser(self) -> Any:
+        """What stands for the first of them in the pipeline."""
+        return getattr(self.pipeline, self.denoiser_names[0])
+
+    @property
     def denoiser_config(self) -> Mapping[str, Any]:
         """The denoiser's config, whether it is here or not."""
-        config: Mapping[str, Any] = getattr(self.pipeline, self.family.denoiser).config
+        config: Mapping[str, Any] = self.denoiser.config
         return config
 
 
-def load_part(root: Path, model_id: str, stage: str, device: torch.device) -> Part:
-    """Loads the part of a model that `stage` (encoder, denoiser or vae) runs. Raises UnusableModel."""
+def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, send: Send | None = None) -> Part:
+    """Loads the part of a model that `stage` (encoder, denoiser or vae) runs. Raises UnusableModel.
+
+    `send` calls networks that other stages hold, where a denoising pipeline calls some; None makes them absent.
+    """
     start_s = time.monotonic()
     folder = root / model_id
     if not folder.resolve().is_relative_to(root.resolve()):
         raise UnusableModel(model_id, "its folder lies outside the model store")
     index = _read_index(folder, model_id)
-    family = FAMILIES.get(str(index.get("_class_name")))
-    if family is None:
-        raise UnusableModel(model_id, "its pipeline class is not supported")
+    family = _family_of(index, model_id)
     try:
-        pipeline, networks = _assemble(folder, index, family, stage=stage, device=device)
+        pipeline, networks = _assemble(folder, index, family, stage=stage, device=device, send=send)
     except (
         OSError,
         ValueError,
@@ -84,7 +103,9 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device) -> Pa
         AttributeError,
     ) as error:  # what a bad folder makes the loaders raise
         raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
-    return Part(
+    if not any(name in networks for name in family.denoisers):
+        raise UnusableModel(model_id, f"it has no {' or '.join(family.denoisers)}")
+    part = Part(
         model_id=model_id,
         family=family,
         pipeline=pipeline,
@@ -92,6 +113,10 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device) -> Pa
         device=device,
         load_s=time.monotonic() - start_s,
     )
+    for key, values in family.requires.items():
+        if part.denoiser_config.get(key) not in values:
+            raise UnusableModel(model_id, f"its {key} of {part.denoiser_config.get(key)} is not supported")
+    return part
 
 
 def _read_index(folder: Path, model_id: str) -> dict[str, Any]:
@@ -105,8 +130,26 @@ def _read_index(folder: Path, model_id: str) -> dict[str, Any]:
     return index
 
 
+def _family_of(index: dict[str, Any], model_id: str) -> Family:
+    """The table's row, or one read off the class."""
+    name = str(index.get("_class_name"))
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if name in UNSUPPORTED:
+        raise UnusableModel(model_id, f"{name} is not supported: {UNSUPPORTED[name]}")
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        raise UnusableModel(model_id, "its pipeline class is none of diffusers")
+    try:
+        family = derived_family(kind)
+    except NotDerivable as problem:
+        raise UnusableModel(model_id, f"its pipeline class is not in the table, and {problem}") from problem
+    _log.warning("pipeline_without_row", model_id=model_id, pipeline=name, consequence="requests share no batch")
+    return family
+
+
 def _assemble(
-    folder: Path, index: dict[str, Any], family: Family, *, stage: str, device: torch.device
+    folder: Path, index: dict[str, Any], family: Family, *, stage: str, device: torch.device, send: Send | None
 ) -> tuple[DiffusionPipeline, dict[str, torch.nn.Module]]:
     components: dict[str, Any] = {}
     networks: dict[str, torch.nn.Module] = {}
@@ -120,11 +163,13 @@ def _assemble(
             continue
         kind = _component_class(folder.name, name, *entry)
         if issubclass(kind, ModelMixin | PreTrainedModel):
-            is_here = _stage_of(name, family) == stage
-            networks[name] = (
-                _load_network(kind, folder / name, device) if is_here else _meta_network(kind, folder / name)
-            )
-            components[name] = _stand_in(name, networks[name], family, device, is_here=is_here)
+            home = Home(_stage_of(name, family), folder.name, name)
+            if home.stage == stage:
+                networks[name] = _load_network(kind, folder / name, device)
+                components[name] = _present(name, networks[name], family)
+            else:
+                networks[name] = _meta_network(kind, folder / name)
+                components[name] = _away(networks[name], home, device, send if stage == "denoiser" else None)
         elif issubclass(kind, SchedulerMixin) or stage == "encoder":
             components[name] = kind.from_pretrained(folder / name, local_files_only=True)
         else:
@@ -135,7 +180,7 @@ def _assemble(
 
 
 def _stage_of(name: str, family: Family) -> str:
-    if name == family.denoiser:
+    if name in family.denoisers:
         return "denoiser"
     return "encoder" if name.startswith(_CONDITIONING) else "vae"
 
@@ -148,11 +193,25 @@ def _component_class(model_id: str, name: str, library: str, class_name: str) ->
 
 
 def _load_network(kind: Any, folder: Path, device: torch.device) -> torch.nn.Module:
-    dtype = torch.float32 if device.type == "cpu" else "auto"
+    dtype = torch.float32 if device.type == "cpu" else _stored_dtype(folder)
     network = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    if getattr(network.config, "force_upcast", False) and network.dtype is torch.float16:
+        # pipelines would cast it to and fro around each request, under the feet of the others
+        network = network.float()
     network = network.to(device).eval().requires_grad_(requires_grad=False)
     assert isinstance(network, torch.nn.Module)
     return network
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """The type of most of the numbers stored. Not "auto": diffusers takes that for single precision."""
+    counts: Counter[str] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no dict
+                stored = tensors.get_slice(name)
+                counts[stored.get_dtype()] += math.prod(stored.get_shape())
+    return _STORED_TYPES.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
 
 
 def _meta_network(kind: Any, folder: Path) -> torch.nn.Module:
@@ -165,18 +224,20 @@ def _meta_network(kind: Any, folder: Path) -> torch.nn.Module:
     return network
 
 
-def _stand_in(
-    name: str, network: torch.nn.Module, family: Family, device: torch.device, *, is_here: bool
-) -> torch.nn.Module:
-    if not is_here:
-        dtype = next((p.dtype for p in network.parameters()), torch.float32)
+def _away(network: torch.nn.Module, home: Home, device: torch.device, send: Send | None) -> torch.nn.Module:
+    dtype = next((p.dtype for p in network.parameters()), torch.float32)
+    if send is None:
         return Absent(network, device=device, dtype=dtype)
-    if name == family.denoiser:
-        return Batched(network, name, shared=family.shared)
+    return Remote(network, home, send, device=device, dtype=dtype)
+
+
+def _present(name: str, network: torch.nn.Module, family: Family) -> torch.nn.Module:
+    if name in family.denoisers:
+        return Batched(network, name, shared=family.shared, row_lists=family.row_lists, is_batched=family.is_batched)
     methods = (
         tuple(method for method in _VAE_METHODS if hasattr(network, method)) if isinstance(network, ModelMixin) else ()
     )
-    return Batched(network, name, methods=("forward", *methods))
+    return Batched(network, name, methods=("forward", *methods), is_batched=family.is_batched)
 
 
 def _state(name: str, network: torch.nn.Module) -> NetworkState:

@@ -5,68 +5,77 @@ denoiser's program is in `denoising`.
 """
 
 import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from PIL import Image
 
+from darkroom.models.calls import call_arguments, encode_arguments, named_embeddings
 from darkroom.models.loader import Part
 from darkroom.models.own import fresh_scheduler, own_copy
+from darkroom.models.spaces import frame_count_of
 from darkroom.wire.tasks import DecodeTask, EncodeTask
 
 
 def encode(part: Part, task: EncodeTask) -> dict[str, torch.Tensor]:
     """Runs `encode_prompt`. Returns embeddings [1, ...] by the names under which the pipeline's call takes them."""
-    offered = {
-        "prompt": task.prompt,
-        "prompt_2": None,
-        "prompt_3": None,
-        "negative_prompt": task.negative_prompt or None,
-        "device": part.device,
-        "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": task.guided,
-    }
-    method = part.pipeline.encode_prompt
-    accepted = _parameters(type(part.pipeline).encode_prompt)
-    answer = method(**{name: value for name, value in offered.items() if name in accepted})
     wanted = part.family.embedding_names(guided=task.guided)
-    return {
-        name: value
-        for name, value in zip(part.family.encode_returns, answer, strict=True)
-        if name in wanted and value is not None
-    }
+    named: dict[str, torch.Tensor] = {}
+    pipeline = own_copy(part)
+    for encoding in part.family.encodings:
+        if encoding.of_negative and not task.guided:
+            continue
+        arguments = encode_arguments(
+            part,
+            prompt=task.negative_prompt if encoding.of_negative else task.prompt,
+            negative_prompt=task.negative_prompt,
+            guided=task.guided,
+        )
+        named |= named_embeddings(encoding.returns, pipeline.encode_prompt(**arguments | dict(encoding.arguments)))
+    return {name: value for name, value in named.items() if name in wanted}
 
 
 def decode(part: Part, task: DecodeTask, latents: torch.Tensor) -> list[Image.Image]:
-    """Runs the pipeline's tail: one step with an absent denoiser, whose solver answers with the finished latents."""
+    """Runs the pipeline's tail on latents [n, ...]. Returns n images; of a video, all its frames (see `decode_rows`).
+
+    Frames of several videos come one video after the other.
+    """
+    return [frame for frames in decode_rows(part, task, latents) for frame in frames]
+
+
+def decode_rows(part: Part, task: DecodeTask, latents: torch.Tensor) -> list[list[Image.Image]]:
+    """Runs the pipeline's tail on latents [n, ...]. Returns n lists: one image each, or the frames of a video.
+
+    The tail is one step with an absent denoiser, whose solver answers with the finished latents.
+    """
     pipeline = own_copy(part)
     scheduler = fresh_scheduler(part.pipeline.scheduler, "")
     finished = latents.to(part.device, part.pipeline.vae.dtype)
-    scheduler.step = functools.wraps(scheduler.step)(lambda *_args, **_kwargs: (finished,))
+    # some pipelines take the second item: the solver's prediction of the finished latents
+    scheduler.step = functools.wraps(scheduler.step)(lambda *_args, **_kwargs: (finished, finished))
     pipeline.scheduler = scheduler
-    images: list[Image.Image] = pipeline(
-        **_placeholders(part),
-        num_inference_steps=1,
-        guidance_scale=0.0,
-        width=task.width_px,
-        height=task.height_px,
-        num_images_per_prompt=len(latents),
+    rows: list[Any] = pipeline(
+        **call_arguments(
+            part,
+            _placeholders(part),
+            step_count=1,
+            guidance_scale=0.0,
+            width_px=task.width_px,
+            height_px=task.height_px,
+            image_count=len(latents),
+            frame_count=frame_count_of(part, task, latents),
+        ),
         output_type="pil",
         return_dict=False,
     )[0]
-    return images
+    return [row if isinstance(row, list) else [row] for row in rows]
 
 
 def _placeholders(part: Part) -> dict[str, torch.Tensor]:
     """Embeddings of one zero each, where the pipeline wants some but no network reads them."""
     return {
-        name: torch.zeros(1, 1, device=part.device) if "pooled" in name else torch.zeros(1, 1, 1, device=part.device)
+        name: torch.zeros(1, 1, device=part.device)
+        if "pooled" in name or "mask" in name
+        else torch.zeros(1, 1, 1, device=part.device)
         for name in part.family.embedding_names(guided=False)
     }
-
-
-@functools.cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)

@@ -11,13 +11,16 @@ from typing import TypeVar
 import structlog
 import torch
 
-from darkroom.errors import ModelNotFound, QueueFull
-from darkroom.models.executor import EngineCounts, Executor, ForwardCounts
+from darkroom.errors import ModelNotFound, Moved, QueueFull, Stalled
+from darkroom.models.executor import EngineCounts, Executor
 from darkroom.models.loader import Part, load_part
+from darkroom.models.program import Ticket
+from darkroom.models.remote import Send
 
 T = TypeVar("T")
 _log = structlog.get_logger()
 _RETRY_AFTER_S = "1"
+_WATCH_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,15 +50,24 @@ class StageReplica:
         max_running: int,
         max_batch_rows: int,
         thread_count: int,
+        slot_count: int = 32,
     ) -> None:
-        """`max_running`: requests accepted at once; `max_batch_rows`: rows of a batch; `thread_count`: of torch."""
+        """`max_running`: requests accepted at once; `slot_count`: those of them that are on the device.
+
+        `max_batch_rows`: rows of a batch; `thread_count`: of torch. Called inside an event loop.
+        """
         self.replica_id, self.stage = replica_id, stage
         self._root, self._device = model_store, torch.device(device)
         self._max_running = max_running
-        self._executor = Executor(max_batch_rows=max_batch_rows, thread_count=thread_count)
+        self._executor = Executor(
+            max_batch_rows=max_batch_rows, slot_count=slot_count, thread_count=thread_count, stage=stage
+        )
+        self._stalled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loads: dict[str, asyncio.Task[Part]] = {}
         self._running = self._finished = 0
         self._start_s = time.monotonic()
+        self.send: Send | None = None
+        """Calls networks that other stages hold."""
         self.on_loaded: Callable[[Collection[str]], Awaitable[None]] | None = None
 
     @contextlib.asynccontextmanager
@@ -84,7 +96,7 @@ class StageReplica:
 
     async def _load(self, model_id: str) -> Part:
         try:
-            part = await asyncio.to_thread(load_part, self._root, model_id, self.stage, self._device)
+            part = await asyncio.to_thread(load_part, self._root, model_id, self.stage, self._device, send=self.send)
         except BaseException as error:
             del self._loads[model_id]
             _log.error("load_failed", model_id=model_id, problem=str(error), cause=repr(error.__cause__))
@@ -95,10 +107,31 @@ class StageReplica:
             await self.on_loaded(loaded)
         return part
 
-    async def run(self, program: Callable[[], T], *, alone: bool) -> tuple[T, ForwardCounts]:
-        """Runs a program in the executor. Cancelling this call ends the program at its next forward."""
-        future, counts = self._executor.submit(program, alone=alone)
-        return await asyncio.wrap_future(future), counts
+    async def run(self, program: Callable[[], T], ticket: Ticket) -> T:
+        """Runs a program in the executor. Cancelling this call ends the program at its next stop. Raises Stalled."""
+        future, _ = self._executor.submit(program, ticket=ticket)
+        work = asyncio.wrap_future(future)
+        try:
+            await asyncio.wait((work, self._stalled), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise Stalled(self.replica_id)
+            return work.result()
+        finally:
+            work.cancel()
+
+    async def watch(self) -> None:
+        """Until cancelled, looks whether the engine comes back from its forwards. Raises Stalled when it does not.
+
+        All requests are then given up: a thread inside a forward cannot be ended, only its process can.
+        """
+        while self._executor.overdue_s(time.monotonic()) <= 0:  # noqa: ASYNC110 - a stuck thread sets no event
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+        self._stalled.set_result(None)
+        raise Stalled(self.replica_id)
+
+    def hand_back(self) -> None:
+        """Ends, with Moved, every request whose caller can go on elsewhere, after its current step."""
+        self._executor.hand_back(Moved(self.replica_id))
 
     def _parts(self) -> list[Part]:
         done = [
@@ -120,5 +153,6 @@ class StageReplica:
         )
 
     def close(self) -> None:
-        """Ends the executor."""
-        self._executor.close()
+        """Ends the executor; a stalled one ends with its process."""
+        if not self._stalled.done():
+            self._executor.close()

@@ -1,7 +1,6 @@
 """Child processes that never outlive their parent, restarted when they die."""
 
 import asyncio
-import ctypes
 import os
 import shutil
 import signal
@@ -11,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
 _STOP_GRACE_S = 10.0
 _MAX_BACKOFF_S = 5.0
-_LIBC = ctypes.CDLL(None)
+_LEASH = Path(__file__).with_name("leash.py")
 
 
 class ChildFailed(Exception):
@@ -42,23 +40,19 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", str(_LEASH), str(os.getpid())),
                 *self.command,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
         self.start_count += 1
 
     def tail(self, lines: int = 12) -> str:
         """The end of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Supervisor:

@@ -6,6 +6,7 @@ requests finish within the grace, and only then the process ends.
 
 import asyncio
 import contextlib
+import math
 import signal
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ class Mounted:
 
     add_to_server: Callable[[grpc.aio.Server], None]
     name: str
+
+
+def time_left_s(context: grpc.aio.ServicerContext) -> float:
+    """Seconds until the caller's deadline; infinite without one."""
+    left_s: float | None = context.time_remaining()  # None without a deadline, whatever the stubs say
+    return math.inf if left_s is None else left_s
 
 
 class Server:

@@ -13,11 +13,12 @@ from darkroom.models.replica import ReplicaState, StageReplica
 from darkroom.registry.etcd import EtcdRegistry
 from darkroom.registry.membership import ClusterView, Registration
 from darkroom.registry.port import Member
-from darkroom.runtime.channels import Channels
+from darkroom.runtime.channels import MAX_MESSAGE_BYTES, Channels
 from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
 from darkroom.runtime.logs import LogLevel, configure_logs
+from darkroom.runtime.networks import NetworkCalls, NetworkServicer
 from darkroom.runtime.server import Mounted, Server
-from darkroom.v1 import stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
+from darkroom.v1 import network_pb2, network_pb2_grpc, stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
 from darkroom.wire.times import duration
 
 _log = structlog.get_logger()
@@ -43,6 +44,8 @@ class StageConfig:
     """torch threads. On shared CPUs one thread each beats several: waiting threads spin."""
     max_running: int = 64
     """Requests accepted at once; more are refused with QUEUE_FULL."""
+    slots: int = 32
+    """Requests on the device at once; others wait, and urgent ones push out those with time to spare."""
     max_batch_rows: int = 32
     """Rows of the largest batch. Past 16 a small UNet's step grows linearly on the CPUs measured."""
     shelf_bytes: int = 256 << 20
@@ -58,7 +61,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
-        for name in ("threads", "max_running", "max_batch_rows", "shelf_bytes"):
+        for name in ("threads", "max_running", "slots", "max_batch_rows", "shelf_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.inline_limit_bytes <= 1 << 20:
@@ -84,7 +87,7 @@ class StageProcess:
             address=config.address,
             replica_id=replica_id,
             reflect=config.reflection,
-            max_request_bytes=8 << 20,
+            max_request_bytes=MAX_MESSAGE_BYTES,
             drain_s=config.drain_s,
         )
         self.shelf = TensorShelf(limit_bytes=config.shelf_bytes, inline_limit_bytes=config.inline_limit_bytes)
@@ -98,13 +101,16 @@ class StageProcess:
             max_running=config.max_running,
             max_batch_rows=config.max_batch_rows,
             thread_count=config.threads,
+            slot_count=config.slots,
         )
         member = Member(replica_id=replica_id, stage=stage, address=self.shelf.address, device=config.device)
         self._registration = Registration(self._registry, member)
         self.replica.on_loaded = self._registration.set_models
 
     async def run(self, service: Mounted) -> None:
-        """Serves `service` beside StageService and TensorService. Loads the preloaded models before registering."""
+        """Serves `service` beside what all stages serve. Loads the preloaded models before registering."""
+        calls = NetworkCalls(self.replica, self._view, self._channels, self.shelf, self.source)
+        self.replica.send = calls.send
         common = [
             Mounted(
                 lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(
@@ -113,17 +119,31 @@ class StageProcess:
                 _name(stage_pb2, "StageService"),
             ),
             Mounted(
+                lambda server: network_pb2_grpc.add_NetworkServiceServicer_to_server(NetworkServicer(calls), server),
+                _name(network_pb2, "NetworkService"),
+            ),
+            Mounted(
                 lambda server: tensor_pb2_grpc.add_TensorServiceServicer_to_server(TensorServicer(self.shelf), server),
                 _name(tensor_pb2, "TensorService"),
             ),
         ]
         await self._preload(self.config.preload)
         await self._server.start([service, *common])
-        background = [self._registration.run(), self._view.run(), self._channels.follow(self._view)]
-        await self._server.run(background, on_drain=[self._registration.leave])
+        background = [
+            self._registration.run(),
+            self._view.run(),
+            self._channels.follow(self._view),
+            self.replica.watch(),
+        ]
+        await self._server.run(background, on_drain=[self._registration.leave, self._hand_back])
         await self._channels.close()
         await self._registry.close()
         self.replica.close()
+
+    async def _hand_back(self) -> None:
+        """Hands requests back where another replica can take them; else they finish here within the grace."""
+        if self._view.members(self.replica.stage):
+            self.replica.hand_back()
 
     async def _preload(self, model_ids: Sequence[str]) -> None:
         for model_id in model_ids:

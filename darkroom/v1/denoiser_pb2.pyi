@@ -1,5 +1,6 @@
 import datetime
 
+from darkroom.v1 import checkpoint_pb2 as _checkpoint_pb2
 from darkroom.v1 import tensor_pb2 as _tensor_pb2
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf.internal import containers as _containers
@@ -11,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DenoiseRequest(_message.Message):
-    __slots__ = ("request_id", "model_id", "embeddings", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "deterministic")
+    __slots__ = ("request_id", "model_id", "embeddings", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "deterministic", "checkpoint_interval", "checkpoint", "from_step", "to_step", "epoch", "priority", "tenant", "run_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
@@ -23,6 +24,14 @@ class DenoiseRequest(_message.Message):
     IMAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
     SCHEDULER_FIELD_NUMBER: _ClassVar[int]
     DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    FROM_STEP_FIELD_NUMBER: _ClassVar[int]
+    TO_STEP_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_id: str
     embeddings: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
@@ -34,32 +43,52 @@ class DenoiseRequest(_message.Message):
     image_count: int
     scheduler: str
     deterministic: bool
-    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., embeddings: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., deterministic: _Optional[bool] = ...) -> None: ...
+    checkpoint_interval: int
+    checkpoint: _checkpoint_pb2.Checkpoint
+    from_step: int
+    to_step: int
+    epoch: int
+    priority: int
+    tenant: str
+    run_id: str
+    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., embeddings: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., deterministic: _Optional[bool] = ..., checkpoint_interval: _Optional[int] = ..., checkpoint: _Optional[_Union[_checkpoint_pb2.Checkpoint, _Mapping]] = ..., from_step: _Optional[int] = ..., to_step: _Optional[int] = ..., epoch: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., run_id: _Optional[str] = ...) -> None: ...
 
 class DenoiseResponse(_message.Message):
-    __slots__ = ("progress", "result")
+    __slots__ = ("progress", "result", "alive")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
     progress: DenoiseProgress
     result: DenoiseResult
-    def __init__(self, progress: _Optional[_Union[DenoiseProgress, _Mapping]] = ..., result: _Optional[_Union[DenoiseResult, _Mapping]] = ...) -> None: ...
+    alive: DenoiseAlive
+    def __init__(self, progress: _Optional[_Union[DenoiseProgress, _Mapping]] = ..., result: _Optional[_Union[DenoiseResult, _Mapping]] = ..., alive: _Optional[_Union[DenoiseAlive, _Mapping]] = ...) -> None: ...
+
+class DenoiseAlive(_message.Message):
+    __slots__ = ("started",)
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    started: bool
+    def __init__(self, started: _Optional[bool] = ...) -> None: ...
 
 class DenoiseProgress(_message.Message):
-    __slots__ = ("step", "step_count")
+    __slots__ = ("step", "step_count", "checkpoint")
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_COUNT_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     step: int
     step_count: int
-    def __init__(self, step: _Optional[int] = ..., step_count: _Optional[int] = ...) -> None: ...
+    checkpoint: _checkpoint_pb2.Checkpoint
+    def __init__(self, step: _Optional[int] = ..., step_count: _Optional[int] = ..., checkpoint: _Optional[_Union[_checkpoint_pb2.Checkpoint, _Mapping]] = ...) -> None: ...
 
 class DenoiseResult(_message.Message):
-    __slots__ = ("latents", "run_duration", "forward_count", "batched_forward_count")
+    __slots__ = ("latents", "run_duration", "forward_count", "batched_forward_count", "pushed_out_count")
     LATENTS_FIELD_NUMBER: _ClassVar[int]
     RUN_DURATION_FIELD_NUMBER: _ClassVar[int]
     FORWARD_COUNT_FIELD_NUMBER: _ClassVar[int]
     BATCHED_FORWARD_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_OUT_COUNT_FIELD_NUMBER: _ClassVar[int]
     latents: _tensor_pb2.Tensor
     run_duration: _duration_pb2.Duration
     forward_count: int
     batched_forward_count: int
-    def __init__(self, latents: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., run_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., forward_count: _Optional[int] = ..., batched_forward_count: _Optional[int] = ...) -> None: ...
+    pushed_out_count: int
+    def __init__(self, latents: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., run_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., forward_count: _Optional[int] = ..., batched_forward_count: _Optional[int] = ..., pushed_out_count: _Optional[int] = ...) -> None: ...

@@ -50,13 +50,17 @@ class DenoiserServiceServicer:
         """Denoises one request: streams progress after each step, then the result.
 
         Not hedged, but safe to repeat: equal requests give equal latents (bit for
-        bit when `deterministic`). A cancelled call stops within one step.
+        bit when `deterministic`). A cancelled call stops within one step. A
+        request that asks for checkpoints can go on from any of them, here or on
+        another replica; one that is handed back (reason MOVED) sent its last one
+        just before.
 
         Errors: INVALID_ARGUMENT (reasons INVALID_FIELD, INVALID_TENSOR,
-        UNKNOWN_HOLDER), NOT_FOUND (reasons MODEL_NOT_FOUND, TENSOR_NOT_FOUND),
-        DATA_LOSS (reason DIGEST_MISMATCH), FAILED_PRECONDITION (reason
-        UNUSABLE_MODEL), RESOURCE_EXHAUSTED (reason QUEUE_FULL, with RetryInfo),
-        UNAVAILABLE (reason DRAINING), DEADLINE_EXCEEDED.
+        INVALID_CHECKPOINT, UNKNOWN_HOLDER), NOT_FOUND (reasons MODEL_NOT_FOUND,
+        TENSOR_NOT_FOUND), DATA_LOSS (reason DIGEST_MISMATCH),
+        FAILED_PRECONDITION (reasons UNUSABLE_MODEL, UNUSABLE_CHECKPOINT,
+        STALE_EPOCH), RESOURCE_EXHAUSTED (reason QUEUE_FULL, with RetryInfo),
+        UNAVAILABLE (reasons DRAINING, MOVED, STALLED), DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -14,6 +14,8 @@ MIN_SIZE_PX, MAX_SIZE_PX = 16, 2048
 MAX_PIXELS = 10 * 1024 * 1024
 """Of all images of a request together: as PNG, at worst, they fill the largest message."""
 MAX_SEED = (1 << 63) - 1
+MAX_TENANT_CHARACTERS = 64
+MAX_NAME_CHARACTERS = 64
 MAX_PARAMETERS = 32
 MAX_PARAMETER_CHARACTERS = 64_000
 
@@ -22,12 +24,12 @@ _MODEL_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _PARAMETER_KEY = re.compile(r"[\x20-\x7e\xa1-\xff]{1,79}")
 
 
-def check_request_id(value: str) -> str:
+def check_request_id(value: str, field: str = "request_id") -> str:
     """The request's id; a new one if it is empty."""
     if not value:
         return secrets.token_hex(8)
     if not _REQUEST_ID.fullmatch(value):
-        raise InvalidField("request_id", "must be 1 to 64 characters of A-Z a-z 0-9 . _ -")
+        raise InvalidField(field, "must be 1 to 64 characters of A-Z a-z 0-9 . _ -")
     return value
 
 
@@ -64,8 +66,20 @@ def _check_text(value: str, field: str) -> str:
 
 def check_count(field: str, value: int, most: int) -> int:
     """A count from 1 to `most`."""
-    if not 1 <= value <= most:
-        raise InvalidField(field, f"must be 1 to {most}, not {value}")
+    return check_range(field, value, 1, most)
+
+
+def check_range(field: str, value: int, least: int, most: int) -> int:
+    """A whole number from `least` to `most`."""
+    if not least <= value <= most:
+        raise InvalidField(field, f"must be {least} to {most}, not {value}")
+    return value
+
+
+def check_tenant(value: str) -> str:
+    """A tenant's name; empty means nobody in particular."""
+    if len(value) > MAX_TENANT_CHARACTERS or not value.isprintable():
+        raise InvalidField("tenant", f"must be at most {MAX_TENANT_CHARACTERS} printable characters")
     return value
 
 

@@ -16,6 +16,8 @@ _CODES: dict[type[errors.DarkroomError], int] = {
     errors.InvalidRequest: code_pb2.INVALID_ARGUMENT,
     errors.NotFound: code_pb2.NOT_FOUND,
     errors.UnusableModel: code_pb2.FAILED_PRECONDITION,
+    errors.UnusableCheckpoint: code_pb2.FAILED_PRECONDITION,
+    errors.StaleEpoch: code_pb2.FAILED_PRECONDITION,
     errors.DigestMismatch: code_pb2.DATA_LOSS,
     errors.Overloaded: code_pb2.RESOURCE_EXHAUSTED,
     errors.Unavailable: code_pb2.UNAVAILABLE,

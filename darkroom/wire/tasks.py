@@ -1,15 +1,20 @@
 """What a stage is asked to do, as checked values: the requests of the three stage services without protobuf."""
 
+import json
 from dataclasses import dataclass
 
 from darkroom.errors import InvalidField, InvalidTensor
 from darkroom.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from darkroom.v1 import denoiser_pb2, encoder_pb2, tensor_pb2, vae_pb2
 from darkroom.wire import fields
-from darkroom.wire.tensors import RawTensor, RemoteTensor, parse_tensor
+from darkroom.wire.checkpoints import Checkpoint, parse_checkpoint
+from darkroom.wire.tensors import RawTensor, RemoteTensor, digest_of, parse_tensor
 
 _ALL_SCHEDULERS = (*DIFFUSION_SCHEDULERS, *FLOW_SCHEDULERS)
 _MAX_EMBEDDINGS = 16
+_MAX_SOLVER_STEPS = 2 * fields.MAX_STEPS  # solvers of second order take two for each that is asked for
+_MAX_PRIORITY = 100
+_MAX_EPOCH = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +44,25 @@ class DenoiseTask:
     image_count: int
     scheduler: str
     deterministic: bool
+    checkpoint_interval: int = 0
+    checkpoint: Checkpoint | None = None
+    from_step: int = 0
+    to_step: int | None = None
+    run_id: str = ""
+    epoch: int = 0
+    priority: int = 0
+    tenant: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Equal for attempts at the same latents; embeddings count by name only, as they may have been made again."""
+        content = [
+            self.model_id,
+            sorted(self.embeddings),
+            [self.width_px, self.height_px, self.image_count],
+            [self.step_count, self.to_step, self.scheduler, self.guidance_scale, self.seed],
+        ]
+        return digest_of(json.dumps(content).encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +107,30 @@ def parse_denoise(message: denoiser_pb2.DenoiseRequest) -> DenoiseTask:
         image_count=image_count,
         scheduler=fields.check_scheduler(message.scheduler, _ALL_SCHEDULERS),
         deterministic=message.deterministic,
+        checkpoint_interval=fields.check_range("checkpoint_interval", message.checkpoint_interval, 0, fields.MAX_STEPS),
+        checkpoint=parse_checkpoint(message.checkpoint) if message.HasField("checkpoint") else None,
+        from_step=_parse_from_step(message),
+        to_step=_parse_to_step(message),
+        run_id=fields.check_request_id(message.run_id, "run_id") if message.run_id else "",
+        epoch=fields.check_range("epoch", message.epoch, 0, _MAX_EPOCH),
+        priority=fields.check_range("priority", message.priority, -_MAX_PRIORITY, _MAX_PRIORITY),
+        tenant=fields.check_tenant(message.tenant),
     )
+
+
+def _parse_from_step(message: denoiser_pb2.DenoiseRequest) -> int:
+    from_step = fields.check_range("from_step", message.from_step, 0, _MAX_SOLVER_STEPS)
+    if from_step and not message.HasField("checkpoint"):
+        raise InvalidField("from_step", "needs a checkpoint to go on from")
+    return from_step
+
+
+def _parse_to_step(message: denoiser_pb2.DenoiseRequest) -> int | None:
+    to_step = fields.check_range("to_step", message.to_step, 0, _MAX_SOLVER_STEPS)
+    done = message.checkpoint.step if message.HasField("checkpoint") else 0
+    if to_step and to_step <= done:
+        raise InvalidField("to_step", f"must be past the checkpoint's step, {done}, not {to_step}")
+    return to_step or None
 
 
 def parse_decode(message: vae_pb2.DecodeRequest) -> DecodeTask:

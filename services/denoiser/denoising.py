@@ -1,23 +1,35 @@
-"""Embeddings to latents: one program per request, progress after each step."""
+"""Embeddings to latents: one program per request, progress and checkpoints after its steps."""
 
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from functools import partial
 
-from darkroom.models import checks, denoising
+from darkroom.errors import Moved, StaleEpoch
+from darkroom.models import checks
+from darkroom.models.checkpoints import to_checkpoint, to_snapshot
+from darkroom.models.denoising import denoise
+from darkroom.models.journal import Journal, Snapshot, StepDone
+from darkroom.models.loader import Part
+from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw, to_torch
 from darkroom.runtime.exchange import TensorSource
+from darkroom.wire.checkpoints import EVERY_STEP_LIMIT_BYTES, Checkpoint
 from darkroom.wire.tasks import DenoiseTask
 from darkroom.wire.tensors import RawTensor
+from services.denoiser.attempts import Attempts
+
+_ALIVE_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class StepDone:
+class Step:
     """A solver step is done."""
 
     step: int
     step_count: int
+    checkpoint: Checkpoint | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +39,17 @@ class Denoised:
     latents: RawTensor
     forward_count: int
     batched_forward_count: int
+    pushed_out_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Nothing happened for a while, and all is well."""
+
+    started: bool
+
+
+Event = Step | Denoised | Alive
 
 
 class Denoising:
@@ -35,32 +58,92 @@ class Denoising:
     def __init__(self, replica: StageReplica, source: TensorSource) -> None:
         """Runs on `replica`; embeddings that came by ref are fetched through `source`."""
         self._replica, self._source = replica, source
+        self._attempts = Attempts()
 
-    async def denoise(self, task: DenoiseTask) -> AsyncGenerator[StepDone | Denoised, None]:
+    async def denoise(self, task: DenoiseTask, deadline_s: float) -> AsyncGenerator[Event, None]:
         """Steps as they are done, then the result. Closing the iterator ends the program within one step.
 
-        Raises InvalidTensor, UnknownHolder, TensorNotFound, DigestMismatch, QueueFull, ModelNotFound or UnusableModel.
+        `deadline_s` is on the clock of `time.monotonic`. Raises InvalidTensor, InvalidCheckpoint, UnknownHolder,
+        TensorNotFound, DigestMismatch, QueueFull, ModelNotFound, UnusableModel, UnusableCheckpoint, StaleEpoch,
+        DeadlinePassed, Moved or Stalled.
         """
+        events: asyncio.Queue[Step | None] = asyncio.Queue()
+        work = asyncio.create_task(self._run(task, deadline_s, events))
+        work.add_done_callback(lambda _: events.put_nowait(None))
+        is_started = False
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(_ALIVE_INTERVAL_S):
+                        event = await events.get()
+                except TimeoutError:
+                    yield Alive(is_started)
+                    continue
+                if event is None:
+                    break
+                is_started = True
+                yield event
+            yield await work
+        finally:
+            work.cancel()
+
+    async def _run(self, task: DenoiseTask, deadline_s: float, events: "asyncio.Queue[Step | None]") -> Denoised:
         async with self._replica.accepted():
             part = await self._replica.part(task.model_id)
             raw = await self._source.bring_all(task.embeddings)
             embeddings = {name: to_torch(value) for name, value in raw.items()}
             checks.check_request(part, task)
             checks.check_embeddings(part, task, embeddings)
+            journal = _journal(task, part, deadline_s)
             loop = asyncio.get_running_loop()
-            steps: asyncio.Queue[StepDone | None] = asyncio.Queue()
+            sent_step = 0
 
-            def on_step(step: int, step_count: int) -> None:
-                loop.call_soon_threadsafe(steps.put_nowait, StepDone(step, step_count))
+            def send(snapshot: Snapshot) -> None:
+                nonlocal sent_step
+                sent_step = snapshot.step
+                events.put_nowait(Step(snapshot.step, snapshot.step_count, to_checkpoint(snapshot, task, part.device)))
 
-            work = asyncio.create_task(
-                self._replica.run(lambda: denoising.denoise(part, task, embeddings, on_step), alone=task.deterministic)
-            )
-            work.add_done_callback(lambda _: steps.put_nowait(None))
+            def on_step(done: StepDone) -> None:
+                if done.snapshot:
+                    loop.call_soon_threadsafe(send, done.snapshot)
+                else:
+                    loop.call_soon_threadsafe(events.put_nowait, Step(done.step, done.step_count, None))
+
+            journal.on_step = on_step
+            program = partial(denoise, part, task, embeddings, journal)
+            work = asyncio.create_task(self._replica.run(program, journal.ticket))
             try:
-                while (step := await steps.get()) is not None:
-                    yield step
-                latents, counts = await work
-                yield Denoised(to_raw(latents), counts.forwards, counts.batched)
+                with self._attempts.running(task.run_id, task.epoch, work):
+                    latents = await work
+            except Moved:
+                if journal.start is not None and journal.start.step > sent_step:
+                    send(journal.start)
+                raise
             finally:
                 work.cancel()
+            ticket = journal.ticket
+            return Denoised(to_raw(latents), ticket.forwards, ticket.batched, ticket.pushed_out)
+
+
+def _journal(task: DenoiseTask, part: Part, deadline_s: float) -> Journal:
+    if task.checkpoint is not None and task.checkpoint.epoch > task.epoch:
+        raise StaleEpoch(str(task.epoch), str(task.checkpoint.epoch))
+    start = to_snapshot(task.checkpoint, task, part.device) if task.checkpoint else None
+    ticket = Ticket(
+        request_id=task.request_id,
+        tenant=task.tenant,
+        priority=task.priority,
+        deadline_s=deadline_s,
+        alone=task.deterministic,
+        restartable=True,
+        movable=task.checkpoint_interval > 0,
+        forwards_left=max(1, (task.to_step or task.step_count) - (start.step if start else 0)),
+    )
+    return Journal(
+        ticket,
+        snapshot_interval=task.checkpoint_interval,
+        every_step_limit_bytes=EVERY_STEP_LIMIT_BYTES,
+        start=start,
+        takes_latents_only=task.from_step > 0,
+        to_step=task.to_step,
+    )

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass
 
 from darkroom.models import programs
+from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw
 from darkroom.wire.tasks import EncodeTask
@@ -54,7 +55,8 @@ class Encoding:
 
     async def _encode(self, key: CacheKey, task: EncodeTask) -> Embeddings:
         part = await self._replica.part(task.model_id)
-        answer, _ = await self._replica.run(lambda: programs.encode(part, task), alone=task.deterministic)
+        ticket = Ticket(request_id=task.request_id, alone=task.deterministic)
+        answer = await self._replica.run(lambda: programs.encode(part, task), ticket)
         embeddings = {name: to_raw(value) for name, value in answer.items()}
         self._cache.put(key, embeddings)
         return embeddings

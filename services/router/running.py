@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,22 +12,27 @@ import structlog
 from darkroom.errors import (
     DarkroomError,
     DeadlinePassed,
+    DigestMismatch,
+    InvalidCheckpoint,
     Overloaded,
     QueueFull,
     StageUnavailable,
     TensorNotFound,
     Unavailable,
     UnknownHolder,
+    UnusableCheckpoint,
 )
 from darkroom.policy.placement import ReplicaLoad, choose_replica
 from darkroom.registry.membership import ClusterView
 from darkroom.registry.port import Member
 from darkroom.wire.graphs import Graph, Node
+from services.router.attempts import Attempts
 from services.router.values import Answer, Event, Finished, NodeProgress, NodeStarted, NodeTiming, Value
 
-StepCallback = Callable[[int, int], None]
 _SUSPECT_S = 5.0  # as long as a dead replica's lease may live on
 _MAX_RERUNS = 2
+_SILENCE_S = 3.0  # three times as long as a denoiser that lives stays silent
+_CHECKPOINT_ERRORS = (InvalidCheckpoint, UnusableCheckpoint, DigestMismatch)
 _log = structlog.get_logger()
 
 
@@ -49,9 +54,9 @@ class Stages(Protocol):
     """How a replica is called."""
 
     async def call(
-        self, address: str, node: Node, inputs: Mapping[str, Value], settings: CallSettings, on_step: StepCallback
+        self, address: str, node: Node, inputs: Mapping[str, Value], settings: CallSettings, attempts: Attempts
     ) -> Answer:
-        """Runs the node's work at `address`."""
+        """Runs the node's work at `address`, and tells `attempts` what it hears of it."""
         ...
 
 
@@ -126,36 +131,45 @@ class GraphRunner:
     async def _run_node(self, run: _Run, node: Node, inputs: Mapping[str, Value], reruns: int = 0) -> Value:
         """Tries replica after replica; when an input is lost with the replica that held it, makes it again first."""
         loop = asyncio.get_running_loop()
-        start_s, tried = loop.time(), list[str]()
+        start_s = loop.time()
+        attempts = Attempts(lambda step, count: run.events.put_nowait(NodeProgress(node.node_id, step, count)))
         failure: DarkroomError | None = None
         while True:
-            member = await self._place(node, tried, failure)
-            tried.append(member.replica_id)
+            member = await self._place(node, attempts.tried, failure)
+            attempts.begin(member.replica_id)
             run.stage = node.stage
             run.events.put_nowait(NodeStarted(node.node_id, node.stage, member.replica_id))
             try:
-                answer = await self._call(run, node, inputs, member)
+                answer = await self._call(run, node, inputs, member, attempts)
             except DarkroomError as error:
                 if _is_input_lost(error) and reruns < _MAX_RERUNS:
                     return await self._run_node(run, node, await self._remake(run, node, reruns), reruns + 1)
-                if not isinstance(error, Unavailable | Overloaded):
-                    raise
-                failure = error
-                _log.warning(
-                    "node_failed",
-                    request_id=run.settings.request_id,
-                    stage=node.stage,
-                    replica=member.replica_id,
-                    reason=error.reason(),
-                )
-                if isinstance(error, Unavailable):
-                    self._suspect(member.replica_id)
+                failure = self._after_failure(run, node, member, attempts, error)
                 continue
             call_s = loop.time() - start_s
             run.timings.append(
-                NodeTiming(node.node_id, node.stage, member.replica_id, call_s, answer.run_s, len(tried))
+                NodeTiming(node.node_id, node.stage, member.replica_id, call_s, answer.run_s, attempts.epoch)
             )
             return answer.value
+
+    def _after_failure(
+        self, run: _Run, node: Node, member: Member, attempts: Attempts, error: DarkroomError
+    ) -> DarkroomError:
+        """The error itself, if another attempt may succeed. Raises it if none can."""
+        if attempts.checkpoint is not None and isinstance(error, _CHECKPOINT_ERRORS):
+            attempts.forget_checkpoint()
+        elif not isinstance(error, Unavailable | Overloaded):
+            raise error
+        _log.warning(
+            "node_failed",
+            request_id=run.settings.request_id,
+            stage=node.stage,
+            replica=member.replica_id,
+            reason=error.reason(),
+        )
+        if isinstance(error, Unavailable):
+            self._suspect(member.replica_id)
+        return error
 
     async def _remake(self, run: _Run, node: Node, reruns: int) -> dict[str, Value]:
         nodes = {other.node_id: other for other in run.graph.nodes}
@@ -165,13 +179,15 @@ class GraphRunner:
             made[port] = await self._run_node(run, nodes[source], inputs, reruns + 1)
         return made
 
-    async def _call(self, run: _Run, node: Node, inputs: Mapping[str, Value], member: Member) -> Answer:
-        def on_step(step: int, step_count: int) -> None:
-            run.events.put_nowait(NodeProgress(node.node_id, step, step_count))
-
+    async def _call(
+        self, run: _Run, node: Node, inputs: Mapping[str, Value], member: Member, attempts: Attempts
+    ) -> Answer:
         self._running[member.replica_id] += 1
         try:
-            return await self._stages.call(member.address, node, inputs, run.settings, on_step)
+            call = self._stages.call(member.address, node, inputs, run.settings, attempts)
+            return await attempts.heed(
+                call, node.stage, _SILENCE_S, lambda: bool(self._untried(node.stage, [member.replica_id]))
+            )
         finally:
             self._running[member.replica_id] -= 1
             if not self._running[member.replica_id]:

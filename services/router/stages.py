@@ -1,6 +1,6 @@
 """Calls to stage replicas over gRPC: values out, values in, errors as DarkroomError."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import grpc
 
@@ -18,8 +18,12 @@ from darkroom.wire.graphs import DecodeWork, DenoiseWork, EncodeTextWork, Node
 from darkroom.wire.status import from_rpc_error
 from darkroom.wire.tensors import parse_tensor, tensor_message
 from darkroom.wire.times import seconds
-from services.router.running import CallSettings, StepCallback
+from services.router.attempts import Attempts, CheckpointMessage
+from services.router.running import CallSettings
 from services.router.values import Answer, Embedding, ImageFile, Images, Latent, Value
+
+_CHECKPOINT_INTERVAL = 5
+"""Steps that a dead denoiser may cost where a checkpoint is larger than 1 MiB; smaller ones come with every step."""
 
 
 class GrpcStages:
@@ -29,7 +33,7 @@ class GrpcStages:
         self._channels = channels
 
     async def call(
-        self, address: str, node: Node, inputs: Mapping[str, Value], settings: CallSettings, on_step: StepCallback
+        self, address: str, node: Node, inputs: Mapping[str, Value], settings: CallSettings, attempts: Attempts
     ) -> Answer:
         """Runs a node's work at `address`. Raises what it raised; StageUnavailable when the connection breaks."""
         channel = self._channels.to(address)
@@ -40,7 +44,7 @@ class GrpcStages:
                 case DenoiseWork() as work:
                     embedding = inputs["embedding"]
                     assert isinstance(embedding, Embedding)
-                    return await _denoise(channel, work, embedding, settings, on_step)
+                    return await _denoise(channel, work, embedding, settings, attempts)
                 case DecodeWork() as work:
                     latent = inputs["latent"]
                     assert isinstance(latent, Latent)
@@ -68,7 +72,7 @@ async def _denoise(
     work: DenoiseWork,
     embedding: Embedding,
     settings: CallSettings,
-    on_step: Callable[[int, int], None],
+    attempts: Attempts,
 ) -> Answer:
     request = denoiser_pb2.DenoiseRequest(
         request_id=settings.request_id,
@@ -85,12 +89,19 @@ async def _denoise(
         image_count=work.image_count,
         scheduler=work.scheduler,
         deterministic=settings.deterministic,
+        checkpoint_interval=_CHECKPOINT_INTERVAL,
+        checkpoint=attempts.checkpoint,
+        run_id=attempts.run_id,
+        epoch=attempts.epoch,
     )
     result = denoiser_pb2.DenoiseResult()
     async for event in denoiser_pb2_grpc.DenoiserServiceStub(channel).Denoise(request, timeout=settings.timeout_s()):
+        attempts.hear()
         if event.HasField("progress"):
-            on_step(event.progress.step, event.progress.step_count)
-        else:
+            done = event.progress
+            checkpoint = CheckpointMessage(done.checkpoint) if done.HasField("checkpoint") else None
+            attempts.step(done.step, done.step_count, checkpoint)
+        elif event.HasField("result"):
             result = event.result
     latent = Latent(
         parse_tensor("latents", result.latents), work.width_px, work.height_px, result.batched_forward_count

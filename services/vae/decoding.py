@@ -8,6 +8,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from darkroom.models import checks, programs
+from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_torch
 from darkroom.runtime.exchange import TensorSource
@@ -39,7 +40,8 @@ class Decoding:
             part = await self._replica.part(task.model_id)
             latents = to_torch(await self._source.bring("latents", task.latents))
             checks.check_latents(part, task, latents)
-            images, _ = await self._replica.run(lambda: programs.decode(part, task, latents), alone=task.deterministic)
+            ticket = Ticket(request_id=task.request_id, alone=task.deterministic)
+            images = await self._replica.run(lambda: programs.decode(part, task, latents), ticket)
             return await asyncio.to_thread(lambda: [_png(image, task.parameters) for image in images])
 
 

@@ -1,177 +1,62 @@
-"""Every row of the table against plain diffusers: encode, denoise and decode in separate parts, batched and alone."""
+"""The stages' programs in one executor: company, cancelling, failing, several images to a request, frames."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
-from darkroom.models import checks, denoising, programs
+from darkroom.models import programs
+from darkroom.models.denoising import denoise
 from darkroom.models.executor import Executor
-from darkroom.models.loader import Part, load_part
-from darkroom.wire.tasks import DecodeTask, DenoiseTask, EncodeTask
-from darkroom.wire.tensors import RawTensor
+from darkroom.models.journal import Journal, StepDone
+from darkroom.models.program import Ticket
+from tests.models.oracle import SIZE_PX, Plain, Wanted, decode_task, denoise_task, encoded, parts
 from tests.tiny_models import TINY_MODELS
 
-PROMPTS = ("a red circle", "a large blue star on a white background", "a ring")
+VIDEO = {"WanPipeline", "LTXPipeline"}
+WANTED = Wanted("a red circle", 1, 6, 5.0)
 
 
-def parts(store: Path, model_id: str) -> tuple[Part, Part, Part]:
-    encoder, denoiser, vae = (
-        load_part(store, model_id, stage, torch.device("cpu")) for stage in ("encoder", "denoiser", "vae")
-    )
-    return encoder, denoiser, vae
-
-
-def encode_task(model_id: str, prompt: str, *, guided: bool) -> EncodeTask:
-    return EncodeTask(
-        request_id="r", model_id=model_id, prompt=prompt, negative_prompt="", guided=guided, deterministic=False
-    )
-
-
-def denoise_task(model_id: str, seed: int, steps: int, guidance: float) -> DenoiseTask:
-    return DenoiseTask(
-        request_id="r",
-        model_id=model_id,
-        embeddings={},
-        width_px=32,
-        height_px=32,
-        step_count=steps,
-        guidance_scale=guidance,
-        seed=seed,
-        image_count=1,
-        scheduler="",
-        deterministic=False,
-    )
-
-
-def plain_latents(pipeline: DiffusionPipeline, prompt: str, seed: int, steps: int, guidance: float) -> torch.Tensor:
-    latents: torch.Tensor = pipeline(
-        prompt,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        width=32,
-        height=32,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-    ).images
-    return latents
-
-
-@pytest.mark.parametrize("model_id", TINY_MODELS)
-def test_stages_apart_and_batched_match_plain_diffusers(tiny_store: Path, model_id: str) -> None:
-    plain = DiffusionPipeline.from_pretrained(tiny_store / model_id)
-    plain.set_progress_bar_config(disable=True)
-    encoder, denoiser, vae = parts(tiny_store, model_id)
-    executor = Executor(max_batch_rows=16)
-    wanted = [(prompt, i, 3 + i, 3.5) for i, prompt in enumerate(PROMPTS)]
-
-    encoded = [
-        executor.submit(
-            partial(programs.encode, encoder, encode_task(model_id, prompt, guided=encoder.family.is_guided(3.5)))
-        )[0]
-        for prompt, *_ in wanted
-    ]
-    steps_seen: list[tuple[int, int]] = []
-    started = []
-    for (_, seed, steps, guidance), embeddings in zip(wanted, encoded, strict=True):
-        task = denoise_task(model_id, seed, steps, guidance)
-        checks.check_embeddings(denoiser, task, embeddings.result())
-        started.append(
-            executor.submit(
-                partial(denoising.denoise, denoiser, task, embeddings.result(), lambda *s: steps_seen.append(s))
-            )
-        )
-    latents = [future.result() for future, _ in started]
-    for (prompt, seed, steps, guidance), latent in zip(wanted, latents, strict=True):
-        expected = plain_latents(plain, prompt, seed, steps, guidance)
-        assert ((latent - expected).norm() / expected.norm()).item() <= 1e-5
-    assert sum(counts.batched for _, counts in started) > 0
-    assert (5, 5) in steps_seen
-
-    decode_task = DecodeTask(
-        request_id="r",
-        model_id=model_id,
-        latents=RawTensor("float32", (), b""),
-        width_px=32,
-        height_px=32,
-        parameters={},
-        deterministic=False,
-    )
-    checks.check_latents(vae, decode_task, latents[0])
-    image = executor.submit(lambda: programs.decode(vae, decode_task, latents[0]))[0].result()[0]
-    expected_image = plain(
-        PROMPTS[0],
-        num_inference_steps=3,
-        guidance_scale=3.5,
-        width=32,
-        height=32,
-        generator=torch.Generator().manual_seed(0),
-    ).images[0]
-    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected_image).astype(int)).max() <= 1
-    executor.close()
+def journal(ticket: Ticket | None = None, on_step: Callable[[StepDone], None] = lambda _: None) -> Journal:
+    return Journal(ticket or Ticket(), on_step=on_step)
 
 
 def test_alone_means_bit_for_bit_equal_beside_others(tiny_store: Path) -> None:
-    plain = DiffusionPipeline.from_pretrained(tiny_store / "tiny-sd")
-    plain.set_progress_bar_config(disable=True)
     encoder, denoiser, _ = parts(tiny_store, "tiny-sd")
     executor = Executor(max_batch_rows=16)
-    embeddings = executor.submit(
-        lambda: programs.encode(encoder, encode_task("tiny-sd", PROMPTS[0], guided=True)), alone=True
-    )[0].result()
-    runs = [
-        executor.submit(
-            partial(denoising.denoise, denoiser, denoise_task("tiny-sd", seed, 6, 5.0), embeddings, lambda *_: None),
-            alone=seed == 1,
-        )
-        for seed in range(4)
-    ]
-    results = [future.result() for future, _ in runs]
-    assert torch.equal(results[1], plain_latents(plain, PROMPTS[0], 1, 6, 5.0))
+    embeddings = encoded(executor, encoder, WANTED)
+    runs = []
+    for seed in range(4):
+        task, ticket = denoise_task(denoiser, replace(WANTED, seed=seed)), Ticket(alone=seed == 1)
+        runs.append(executor.submit(partial(denoise, denoiser, task, embeddings, journal(ticket)), ticket=ticket))
+    results = [future.result(60) for future, _ in runs]
+    assert torch.equal(results[1], Plain(tiny_store, "tiny-sd", denoiser).latents(WANTED))
     assert runs[1][1].batched == 0
     assert runs[2][1].batched > 0
     executor.close()
 
 
-@pytest.mark.parametrize("model_id", TINY_MODELS)
-def test_a_stage_holds_only_its_own_networks(tiny_store: Path, model_id: str) -> None:
-    for part, stage in zip(parts(tiny_store, model_id), ("encoder", "denoiser", "vae"), strict=True):
-        resident = {state.name for state in part.network_states() if state.parameter_count}
-        everything = {state.name for state in part.network_states()}
-        expected = {
-            "encoder": {n for n in everything if n.startswith("text_encoder")},
-            "denoiser": {part.family.denoiser},
-            "vae": {"vae"},
-        }
-        assert resident == expected[stage]
-
-
 def test_cancelling_ends_a_program_and_spares_the_others(tiny_store: Path) -> None:
     encoder, denoiser, _ = parts(tiny_store, "tiny-sd")
     executor = Executor(max_batch_rows=16)
-    embeddings = executor.submit(lambda: programs.encode(encoder, encode_task("tiny-sd", PROMPTS[0], guided=True)))[
-        0
-    ].result()
+    embeddings = encoded(executor, encoder, WANTED)
     seen: list[int] = []
     started: Future[None] = Future()
 
-    def on_step(step: int, _: int) -> None:
-        seen.append(step)
-        if step == 2:
+    def on_step(done: StepDone) -> None:
+        seen.append(done.step)
+        if done.step == 2:
             started.set_result(None)
 
-    long, _ = executor.submit(
-        lambda: denoising.denoise(denoiser, denoise_task("tiny-sd", 0, 900, 5.0), embeddings, on_step)
-    )
+    task = denoise_task(denoiser, replace(WANTED, steps=900))
+    long, _ = executor.submit(partial(denoise, denoiser, task, embeddings, journal(on_step=on_step)))
     started.result(timeout=30)
     assert long.cancel()
-    short, _ = executor.submit(
-        lambda: denoising.denoise(denoiser, denoise_task("tiny-sd", 0, 4, 5.0), embeddings, lambda *_: None)
-    )
+    short, _ = executor.submit(partial(denoise, denoiser, denoise_task(denoiser, WANTED), embeddings, journal()))
     assert short.result(timeout=30).shape == (1, 4, 16, 16)
     after = len(seen)
     executor.submit(lambda: None)[0].result(timeout=30)
@@ -182,14 +67,61 @@ def test_cancelling_ends_a_program_and_spares_the_others(tiny_store: Path) -> No
 def test_one_failing_forward_does_not_take_its_batch_along(tiny_store: Path) -> None:
     encoder, denoiser, _ = parts(tiny_store, "tiny-sd")
     executor = Executor(max_batch_rows=16)
-    embeddings = executor.submit(lambda: programs.encode(encoder, encode_task("tiny-sd", PROMPTS[0], guided=True)))[
-        0
-    ].result()
+    embeddings = encoded(executor, encoder, WANTED)
     wrong = {name: value[..., :7] for name, value in embeddings.items()}
-    task = denoise_task("tiny-sd", 0, 4, 5.0)
-    bad, _ = executor.submit(lambda: denoising.denoise(denoiser, task, wrong, lambda *_: None))
-    good, _ = executor.submit(lambda: denoising.denoise(denoiser, task, embeddings, lambda *_: None))
-    assert good.result().isfinite().all()
+    task = denoise_task(denoiser, WANTED)
+    bad, _ = executor.submit(partial(denoise, denoiser, task, wrong, journal()))
+    good, _ = executor.submit(partial(denoise, denoiser, task, embeddings, journal()))
+    assert good.result(60).isfinite().all()
     with pytest.raises(RuntimeError):
-        bad.result()
+        bad.result(60)
     executor.close()
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+@pytest.mark.parametrize("model_id", TINY_MODELS)
+def test_several_images_of_a_request_are_those_of_plain_diffusers(tiny_store: Path, model_id: str) -> None:
+    encoder, denoiser, vae = parts(tiny_store, model_id)
+    executor = Executor(max_batch_rows=16)
+    task = replace(denoise_task(denoiser, WANTED), image_count=2)
+    embeddings = encoded(executor, encoder, WANTED)
+    latents = executor.submit(partial(denoise, denoiser, task, embeddings, journal()), alone=True)[0].result(60)
+    plain = Plain(tiny_store, model_id, denoiser)
+    if denoiser.family.pipeline == "CogVideoXPipeline":  # draws one video to a prompt, however many are asked for
+        expected = torch.cat([plain.latents(replace(WANTED, seed=WANTED.seed + i)) for i in range(2)])
+        assert ((latents - expected).norm() / expected.norm()).item() <= 1e-5
+    else:
+        count = "num_videos_per_prompt" if denoiser.family.pipeline in VIDEO else "num_images_per_prompt"
+        generators = [torch.Generator().manual_seed(WANTED.seed + i) for i in range(2)]
+        assert torch.equal(latents, plain.latents(WANTED, generator=generators, **{count: 2}))
+    rows = executor.submit(partial(programs.decode_rows, vae, decode_task(vae), latents))[0].result(60)
+    assert len(rows) == 2
+    assert rows[0][0].tobytes() != rows[1][0].tobytes()
+    executor.close()
+
+
+@pytest.mark.parametrize(("model_id", "frame_count"), [("tiny-wan", 81), ("tiny-ltx", 161), ("tiny-cogvideox", 9)])
+def test_a_video_has_as_many_frames_as_plain_diffusers_draws(tiny_store: Path, model_id: str, frame_count: int) -> None:
+    encoder, denoiser, vae = parts(tiny_store, model_id)
+    executor = Executor(max_batch_rows=16)
+    task = denoise_task(denoiser, replace(WANTED, steps=2))
+    embeddings = encoded(executor, encoder, WANTED)
+    latents = executor.submit(partial(denoise, denoiser, task, embeddings, journal()))[0].result(60)
+    (frames,) = executor.submit(partial(programs.decode_rows, vae, decode_task(vae), latents))[0].result(60)
+    assert len(frames) == frame_count
+    assert {frame.size for frame in frames} == {(SIZE_PX, SIZE_PX)}
+    executor.close()
+
+
+def test_both_experts_of_a_model_of_two_take_part(tiny_store: Path) -> None:
+    encoder, denoiser, _ = parts(tiny_store, "tiny-wan-two-experts")
+    called: list[str] = []
+    for name in denoiser.denoiser_names:
+        denoiser.networks[name].register_forward_hook(lambda *_, name=name: called.append(name))
+    executor = Executor(max_batch_rows=16)
+    embeddings = encoded(executor, encoder, WANTED)
+    executor.submit(partial(denoise, denoiser, denoise_task(denoiser, WANTED), embeddings, journal()))[0].result(60)
+    executor.close()
+    assert len(called) == 2 * WANTED.steps  # with guidance, two forwards a step
+    assert set(called) == {"transformer", "transformer_2"}
+    assert called == sorted(called)  # the second only after the first

@@ -11,7 +11,7 @@ from darkroom.registry.etcd import EtcdRegistry
 from darkroom.registry.membership import ClusterView, Registration
 from darkroom.registry.memory import MemoryRegistry
 from darkroom.registry.port import Member, Registry
-from tests.registry.entries import make_entry
+from tests.registry.entries import make_entry, make_lora_entry
 from tests.registry.etcd_process import EtcdProcess
 from tests.registry.following import running, until
 
@@ -217,6 +217,8 @@ async def test_an_entry_that_cannot_be_read_is_passed_over(
         f"{keys.RESIDENCY}too-few": b"",
         keys.model("not-json"): b"{",
         keys.model("another"): make_entry("sd").to_json(),
+        keys.model("lora"): make_lora_entry("ink").to_json(),
+        keys.model("no-entry"): b"[]",
     }
     for key, value in broken.items():
         await registry.put(key, value)
@@ -225,6 +227,7 @@ async def test_an_entry_that_cannot_be_read_is_passed_over(
         await view.wait_for(lambda view: view.is_ready and sees_vae(view))
         assert view.members() == (VAE,)
         assert view.models() == ()
+        assert view.loras() == ()
         await registry.put(keys.member("vae", "not-json"), b'{"address": "a:1"}')
         await view.wait_for(lambda view: len(view.members()) == 2)
     assert len(caplog.records) == len(broken)

@@ -53,7 +53,7 @@ def reason(root: Path, name: str = "sd") -> str:
 def test_a_unet_pipeline_is_listed_with_what_its_files_say(tmp_path: Path) -> None:
     make_model(tmp_path, denoiser_config={"sample_size": 96})
     write(tmp_path / "notes.txt", b"no model")
-    write(tmp_path / "lora" / "adapter.safetensors", b"no model_index.json")
+    write(tmp_path / "other" / "weights.bin", b"neither model nor LoRA")
 
     listing = read_model_store(tmp_path)
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import grpc
 
+from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.registry.catalogue import publish_catalogue, read_model_store
 from darkroom.registry.membership import ClusterView, Registration
@@ -20,7 +21,14 @@ from darkroom.registry.port import Member
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
 from darkroom.runtime.server import Mounted, Server
-from darkroom.v1 import denoiser_pb2_grpc, encoder_pb2_grpc, router_pb2_grpc, tensor_pb2_grpc, vae_pb2_grpc
+from darkroom.v1 import (
+    denoiser_pb2,
+    denoiser_pb2_grpc,
+    encoder_pb2_grpc,
+    router_pb2_grpc,
+    tensor_pb2_grpc,
+    vae_pb2_grpc,
+)
 from services.denoiser.denoising import Denoising
 from services.denoiser.server import DenoiserServicer
 from services.encoder.cache import EmbeddingCache
@@ -96,6 +104,7 @@ class Neighbours:
         self._channels = Channels()
         self._view = ClusterView(self.registry)
         self._closing = AsyncExitStack()
+        self._stages: list[RunningStage] = []
 
     async def __aenter__(self) -> Self:
         """The neighbours, nobody there yet; the catalogue is."""
@@ -144,13 +153,19 @@ class Neighbours:
         self._closing.push_async_callback(server._server.stop, grace=None)
         self._start(registration.run())
         await self._view.wait_for(lambda view: address in {member.address for member in view.members()})
-        return RunningStage(
+        running = RunningStage(
             replica=replica,
             shelf=shelf,
             server=server,
             registration=registration,
             channel=self._channels.to(address),
         )
+        self._stages.append(running)
+        return running
+
+    def stages(self, stage: str) -> list[RunningStage]:
+        """The replicas of a stage that were started, first one first."""
+        return [running for running in self._stages if running.replica.stage == stage]
 
     async def router(
         self, *, replica_wait_s: float = 5.0, max_running: int = 64, default_deadline_s: float = 60.0
@@ -181,6 +196,17 @@ class Neighbours:
         self._start(registration.run())
         await self._view.wait_for(lambda view: address in {member.address for member in view.members()})
 
+    async def list_silent(self, stage: str, replica_id: str) -> None:
+        """A denoiser that says once that it lives, and nothing more."""
+        server = _server(replica_id)
+        silent = Mounted(
+            lambda grpc_server: denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(_Silent(), grpc_server),
+            "darkroom.v1.DenoiserService",
+        )
+        await server.start([silent])
+        self._closing.push_async_callback(server._server.stop, grace=None)
+        await self.list_dead(stage, replica_id, f"127.0.0.1:{server.port}")
+
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
 
@@ -192,6 +218,15 @@ class Neighbours:
         self._closing.push_async_callback(end)
 
 
+class _Silent(denoiser_pb2_grpc.DenoiserServiceServicer):
+    async def Denoise(
+        self, request: denoiser_pb2.DenoiseRequest, context: Any
+    ) -> AsyncIterator[denoiser_pb2.DenoiseResponse]:
+        del request, context
+        yield denoiser_pb2.DenoiseResponse(alive=denoiser_pb2.DenoiseAlive())
+        await asyncio.sleep(3600)
+
+
 @asynccontextmanager
 async def engine_held(stage: RunningStage) -> AsyncIterator[None]:
     """Inside the block the replica's engine runs nothing: what is asked of it waits."""
@@ -201,7 +236,7 @@ async def engine_held(stage: RunningStage) -> AsyncIterator[None]:
         is_held.set()
         release.wait(timeout=30.0)
 
-    holding = asyncio.create_task(stage.replica.run(hold, alone=True))
+    holding = asyncio.create_task(stage.replica.run(hold, Ticket(alone=True)))
     await eventually(is_held.is_set)
     try:
         yield

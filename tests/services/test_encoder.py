@@ -7,6 +7,7 @@ import pytest
 
 from darkroom.errors import Draining, QueueFull
 from darkroom.models import programs
+from darkroom.models.program import Ticket
 from darkroom.models.tensors import to_raw
 from darkroom.v1 import encoder_pb2, encoder_pb2_grpc
 from darkroom.wire.status import from_rpc_error
@@ -33,7 +34,7 @@ async def test_a_prompt_becomes_the_embeddings_that_its_pipeline_makes(neighbour
     request = encode_request(guided=True, deterministic=True)
     answer = await encode(encoder, request)
     part = await encoder.replica.part(MODEL)
-    expected, _ = await encoder.replica.run(lambda: programs.encode(part, parse_encode(request)), alone=True)
+    expected = await encoder.replica.run(lambda: programs.encode(part, parse_encode(request)), Ticket(alone=True))
     assert {named.name: parse_tensor(named.name, named.tensor) for named in answer.embeddings} == {
         name: to_raw(value) for name, value in expected.items()
     }

@@ -1,6 +1,7 @@
 """The router when a replica fails, fills up, leaves or is missing, and when time runs out."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import grpc
 import numpy as np
@@ -8,10 +9,22 @@ import pytest
 
 from darkroom.errors import DeadlinePassed, QueueFull, StageUnavailable
 from darkroom.runtime.processes import free_port
+from darkroom.v1 import router_pb2
 from darkroom.wire.tensors import RemoteTensor
 from services.router.values import Embedding, Event, Finished, Images, NodeStarted
-from tests.services.neighbours import Neighbours, engine_held, eventually, failure_of
-from tests.services.routing import attempts, finish, generate, pixels, refusal, run, start_all, txt2img, within
+from tests.services.neighbours import Neighbours, RunningRouter, engine_held, eventually, failure_of
+from tests.services.routing import (
+    attempts,
+    finish,
+    generate,
+    generate_request,
+    pixels,
+    refusal,
+    run,
+    start_all,
+    txt2img,
+    within,
+)
 
 
 async def test_a_node_moves_on_from_a_replica_that_is_down(neighbours: Neighbours) -> None:
@@ -228,3 +241,79 @@ async def test_an_input_that_its_holder_dropped_is_made_again(neighbours: Neighb
     events = await running
     started = [event.node_id for event in events if isinstance(event, NodeStarted)]
     assert started == ["encode", "denoise", "encode", "denoise", "decode"]
+
+
+async def test_a_request_goes_on_from_its_last_step_when_its_denoiser_dies(neighbours: Neighbours) -> None:
+    await start_all(neighbours)
+    dying = await neighbours.stage("denoiser", 0)
+    router = await neighbours.router()
+    straight = await finish(generate(router, deterministic=True, step_count=60))
+    before = sum(stage.forward_count for stage in neighbours.stages("denoiser"))
+    moved = await _finish_while(router, dying.kill, at_step=20)
+    assert attempts(moved)["denoise"] == 2
+    assert np.array_equal(pixels(moved.images[0].data), pixels(straight.images[0].data))
+    repeated = sum(stage.forward_count for stage in neighbours.stages("denoiser")) - before - 60
+    assert 0 <= repeated <= 3, "only what was done and not heard of yet is done again"
+
+
+async def test_a_request_that_is_handed_back_goes_on_elsewhere_and_repeats_nothing(neighbours: Neighbours) -> None:
+    await start_all(neighbours)
+    leaving = await neighbours.stage("denoiser", 0)
+    router = await neighbours.router()
+    straight = await finish(generate(router, deterministic=True, step_count=60))
+    before = sum(stage.forward_count for stage in neighbours.stages("denoiser"))
+
+    async def leave() -> None:
+        await leaving.registration.leave()
+        leaving.replica.hand_back()
+
+    moved = await _finish_while(router, leave, at_step=20)
+    assert attempts(moved)["denoise"] == 2
+    assert np.array_equal(pixels(moved.images[0].data), pixels(straight.images[0].data))
+    repeated = sum(stage.forward_count for stage in neighbours.stages("denoiser")) - before - 60
+    assert repeated <= 1, "at most the step that was being done"
+
+
+async def test_a_request_may_come_back_to_a_replica_once_it_has_got_further(neighbours: Neighbours) -> None:
+    """Two replicas hand it back in turn, as when they are restarted one after the other."""
+    await start_all(neighbours)
+    other = await neighbours.stage("denoiser", 0)
+    router = await neighbours.router()
+    events = router.stub.Generate(generate_request(step_count=300, deterministic=True), timeout=60.0)
+    stages = {"denoiser-0": other, "denoiser-1": neighbours.stages("denoiser")[0]}
+    handed: list[str] = []
+    running = ""
+    async for event in events:
+        if event.HasField("node_started") and event.node_started.node_id == "denoise":
+            running = event.node_started.replica_id
+            handed.append(running)
+        if event.HasField("node_progress") and event.node_progress.step == 50 * len(handed) and len(handed) < 4:
+            stages[running].replica.hand_back()
+            await asyncio.sleep(0.05)
+            stages[running].replica._executor._handed_back_with = None  # it is up again
+    assert event.result.images
+    assert len(handed) == 4
+    assert len(set(handed)) == 2
+
+
+async def test_a_replica_that_falls_silent_is_left(neighbours: Neighbours) -> None:
+    await start_all(neighbours)
+    router = await neighbours.router()
+    await neighbours.list_silent("denoiser", "denoiser-0")
+    start_s = asyncio.get_running_loop().time()
+    result = await finish(generate(router))
+    assert attempts(result)["denoise"] == 2
+    assert asyncio.get_running_loop().time() - start_s < 5
+
+
+async def _finish_while(
+    router: RunningRouter, happens: Callable[[], Awaitable[None]], *, at_step: int
+) -> router_pb2.GenerateResult:
+    """Draws 60 steps; at one of them something happens."""
+    result = router_pb2.GenerateResult()
+    async for event in generate(router, deterministic=True, step_count=60, timeout_s=60.0):
+        if event.HasField("node_progress") and event.node_progress.step == at_step:
+            await happens()
+        if event.HasField("result"):
+            result = event.result
+    return result

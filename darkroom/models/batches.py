@@ -1,0 +1,116 @@
+"""Runs a chosen batch of forwards: timed, halved when memory runs out, call by call when one of them is at fault."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from darkroom.models.forwards import Forward, run_batch
+from darkroom.policy.cost import CostCurve
+
+_LIMIT_LIFETIME_S = 60.0
+"""How long a batch size that did not fit is avoided: what filled the memory may have gone since."""
+_PATIENCE_S, _PATIENCE_FACTOR = 3.0, 5.0
+_UNKNOWN_PATIENCE_S = 300.0
+"""A first forward may compile, allocate, and page in gigabytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of some of the forwards, by their positions in the batch: an answer each, or what it raised."""
+
+    positions: tuple[int, ...]
+    answers: list[Any]
+    seconds: float
+
+
+class BatchRunner:
+    """Runs batches on the engine's thread and keeps the cost curve current."""
+
+    def __init__(self, costs: CostCurve) -> None:
+        """`costs` learns from every batch."""
+        self._costs = costs
+        self._limits: dict[Any, tuple[int, float]] = {}
+        self._busy: tuple[float, float] | None = None
+        self._unread: deque[tuple[Any, int, torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def overdue_s(self, now_s: float) -> float:
+        """How long ago the running batch should have been done at the latest; negative when it is in time or idle."""
+        busy = self._busy
+        return -1.0 if busy is None else now_s - busy[0] - busy[1]
+
+    def row_limits(self, now_s: float) -> Mapping[Any, int]:
+        """Rows that fitted where more did not, by key."""
+        for key in [key for key, (_, until_s) in self._limits.items() if until_s <= now_s]:
+            del self._limits[key]
+        return {key: rows for key, (rows, _) in self._limits.items()}
+
+    def run(self, calls: Sequence[Forward]) -> Iterator[Outcome]:
+        """Runs calls of equal key together, or in as few batches as memory allows. Each call comes up once."""
+        left, size = tuple(range(len(calls))), len(calls)
+        while left:
+            positions, chosen = left[:size], [calls[position] for position in left[:size]]
+            try:
+                answers, seconds = self._timed(chosen)
+            except Exception as error:  # noqa: BLE001 - whatever a network raised belongs to the programs that called it
+                if len(chosen) > 1:
+                    size = self._smaller(chosen, error)
+                    continue
+                answers, seconds = [error], 0.0
+            yield Outcome(positions, answers, seconds)
+            left = left[size:]
+
+    def _smaller(self, failed: Sequence[Forward], error: Exception) -> int:
+        """How many calls to try together after these failed: half as many for want of memory, else one by one."""
+        if not _is_out_of_memory(error):
+            return 1
+        size = (len(failed) + 1) // 2
+        rows = sum(call.rows for call in failed[:size])
+        self._limits[failed[0].key] = (rows, time.monotonic() + _LIMIT_LIFETIME_S)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return size
+
+    def _timed(self, calls: list[Forward]) -> tuple[list[Any], float]:
+        key, rows = calls[0].key, sum(call.rows for call in calls)
+        expected_s = self._costs.seconds(key, rows)
+        patience_s = _UNKNOWN_PATIENCE_S if expected_s is None else max(_PATIENCE_S, _PATIENCE_FACTOR * expected_s)
+        self._read_events()
+        start_s = time.monotonic()
+        self._busy = (start_s, patience_s)
+        try:
+            if not _is_on_gpu(calls[0]):
+                answers = run_batch(calls)
+                seconds = time.monotonic() - start_s
+                self._costs.add(key, rows, seconds)
+                return answers, seconds
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            answers = run_batch(calls)
+            end.record()
+            self._unread.append((key, rows, begin, end))
+            return answers, expected_s or 0.0
+        finally:
+            self._busy = None
+
+    def _read_events(self) -> None:
+        """On a GPU a call returns before its work is done: times are read once they are there, nothing waits."""
+        while self._unread and self._unread[0][3].query():
+            key, rows, begin, end = self._unread.popleft()
+            self._costs.add(key, rows, begin.elapsed_time(end) / 1000)
+
+
+def _is_on_gpu(call: Forward) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in call.leaves)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On the CPU, torch's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

@@ -1,0 +1,125 @@
+"""NetworkService over a replica, and the calls that a replica's own pipelines make to it elsewhere."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+
+import grpc
+import torch
+
+from darkroom.errors import StageUnavailable, Unavailable
+from darkroom.models.networks import call_network
+from darkroom.models.program import Ticket
+from darkroom.models.remote import OutsideCall, Reply
+from darkroom.models.replica import StageReplica
+from darkroom.models.tensors import to_raw, to_torch
+from darkroom.policy.placement import ReplicaLoad, choose_replica
+from darkroom.registry.membership import ClusterView
+from darkroom.runtime.channels import Channels
+from darkroom.runtime.exchange import TensorShelf, TensorSource
+from darkroom.v1 import network_pb2, network_pb2_grpc, tensor_pb2
+from darkroom.wire.calls import NetworkCall, Tree, parse_call, parse_tree, tree_json
+from darkroom.wire.status import from_rpc_error
+from darkroom.wire.times import duration
+
+_CALL_TIMEOUT_S = 120.0
+
+
+class NetworkCalls:
+    """Both directions: serves calls to this replica's networks, and sends calls to those of others."""
+
+    def __init__(
+        self, replica: StageReplica, view: ClusterView, channels: Channels, shelf: TensorShelf, source: TensorSource
+    ) -> None:
+        """Large tensors wait on `shelf` and are fetched through `source`."""
+        self._replica, self._view, self._channels = replica, view, channels
+        self._shelf, self._source = shelf, source
+        self._loop = asyncio.get_running_loop()
+        self._sent_count: dict[str, int] = {}
+
+    async def serve(self, call: NetworkCall) -> Reply:
+        """Runs a call here. Raises QueueFull, ModelNotFound, UnusableModel, NetworkNotHeld or InvalidCall."""
+        async with self._replica.accepted():
+            part = await self._replica.part(call.model_id)
+            outside = OutsideCall(
+                call.model_id, call.network, call.method, call.arguments.json, await self._bring(call.arguments)
+            )
+            ticket = Ticket(request_id=call.request_id, alone=call.deterministic)
+            return await self._replica.run(lambda: call_network(part, outside), ticket)
+
+    async def _bring(self, tree: Tree) -> dict[str, torch.Tensor]:
+        return {name: to_torch(raw) for name, raw in (await self._source.bring_all(tree.tensors)).items()}
+
+    def publish(self, tensors: Mapping[str, torch.Tensor]) -> list[tensor_pb2.NamedTensor]:
+        """Tensors as they travel."""
+        return [
+            tensor_pb2.NamedTensor(name=name, tensor=self._shelf.publish(to_raw(tensor)))
+            for name, tensor in tensors.items()
+        ]
+
+    def send(self, stage: str, call: OutsideCall) -> "Future[Reply]":
+        """Calls a network at a replica of `stage`; for the engine's thread. The future raises what that raised."""
+        return asyncio.run_coroutine_threadsafe(self._send(stage, call), self._loop)
+
+    async def _send(self, stage: str, call: OutsideCall) -> Reply:
+        """Tries replica after replica."""
+        request = network_pb2.CallNetworkRequest(
+            model_id=call.model_id,
+            network=call.network,
+            method=call.method,
+            arguments_json=tree_json(call.arguments),
+            tensors=self.publish(call.tensors),
+        )
+        tried: list[str] = []
+        failure: Unavailable = StageUnavailable(stage, "none is up")
+        while True:
+            members = {member.replica_id: member for member in self._view.members(stage)}
+            chosen = choose_replica([self._load(member_id, call) for member_id in members], tried=tried)
+            if chosen is None:
+                raise failure
+            tried.append(chosen.replica_id)
+            self._sent_count[chosen.replica_id] = self._sent_count.get(chosen.replica_id, 0) + 1
+            try:
+                return await self._ask(members[chosen.replica_id].address, stage, request)
+            except Unavailable as error:
+                failure = error
+            finally:
+                self._sent_count[chosen.replica_id] -= 1
+
+    def _load(self, replica_id: str, call: OutsideCall) -> ReplicaLoad:
+        return ReplicaLoad(
+            replica_id=replica_id,
+            running_count=self._sent_count.get(replica_id, 0),
+            holds_model=call.model_id in self._view.models_of(replica_id),
+            is_suspect=False,
+        )
+
+    async def _ask(self, address: str, stage: str, request: network_pb2.CallNetworkRequest) -> Reply:
+        stub = network_pb2_grpc.NetworkServiceStub(self._channels.to(address))
+        try:
+            response = await stub.CallNetwork(request, timeout=_CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, stage) or error from error
+        tree = parse_tree(request.network, response.answer_json, list(response.tensors))
+        return Reply(tree.json, await self._bring(tree))
+
+
+class NetworkServicer(network_pb2_grpc.NetworkServiceServicer):
+    """Serves `NetworkCalls`."""
+
+    def __init__(self, calls: NetworkCalls) -> None:
+        self._calls = calls
+
+    async def CallNetwork(
+        self, request: network_pb2.CallNetworkRequest, context: grpc.aio.ServicerContext
+    ) -> network_pb2.CallNetworkResponse:
+        """Calls one network."""
+        del context
+        start_s = time.monotonic()
+        reply = await self._calls.serve(parse_call(request))
+        return network_pb2.CallNetworkResponse(
+            answer_json=tree_json(reply.answer),
+            tensors=self._calls.publish(reply.tensors),
+            run_duration=duration(time.monotonic() - start_s),
+        )

@@ -1,0 +1,72 @@
+"""A node's attempts: what one leaves for the next, and how its silence is noticed."""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, NewType, TypeVar
+
+from darkroom.errors import StageUnavailable
+
+T = TypeVar("T")
+StepCallback = Callable[[int, int], None]
+CheckpointMessage = NewType("CheckpointMessage", Any)  # type: ignore[valid-newtype]
+"""A stage's checkpoint as it came: the router only passes it on."""
+
+_LOOK_INTERVAL_S = 0.25
+
+
+@dataclass(slots=True)
+class Attempts:
+    """The attempts at one node so far."""
+
+    on_step: StepCallback
+    run_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    epoch: int = 0
+    tried: list[str] = field(default_factory=list)
+    """Replicas not to call again, latest last."""
+    checkpoint: CheckpointMessage | None = None
+    """Where the next attempt goes on from."""
+    heard_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
+    """When the running attempt was last heard of."""
+    is_streaming: bool = False
+    """Whether the running attempt is one that says regularly that it lives."""
+    _progressed: bool = False
+
+    def begin(self, replica_id: str) -> None:
+        """Starts the next attempt, on this replica. After progress all others may be tried again."""
+        self.tried = [*([] if self._progressed else self.tried), replica_id]
+        self.epoch += 1
+        self._progressed = self.is_streaming = False
+        self.heard_s = asyncio.get_running_loop().time()
+
+    def hear(self) -> None:
+        """The running attempt lives."""
+        self.is_streaming = True
+        self.heard_s = asyncio.get_running_loop().time()
+
+    def step(self, step: int, step_count: int, checkpoint: CheckpointMessage | None) -> None:
+        """The running attempt has done a step."""
+        if checkpoint is not None:
+            self.checkpoint, self._progressed = checkpoint, True
+        self.on_step(step, step_count)
+
+    def forget_checkpoint(self) -> None:
+        """The next attempt starts from the beginning, on any replica."""
+        self.checkpoint, self.tried = None, []
+
+    async def heed(self, call: Awaitable[T], stage: str, silence_s: float, is_other_up: Callable[[], bool]) -> T:
+        """The call's answer. Raises StageUnavailable when it falls silent while there is another replica to go to.
+
+        Only an attempt that was heard of once can fall silent.
+        """
+        work = asyncio.ensure_future(call)
+        try:
+            while not work.done():
+                await asyncio.wait([work], timeout=_LOOK_INTERVAL_S)
+                silent_s = asyncio.get_running_loop().time() - self.heard_s
+                if not work.done() and self.is_streaming and silent_s > silence_s and is_other_up():
+                    raise StageUnavailable(stage, f"its replica was silent for {silent_s:.1f} s")
+            return work.result()
+        finally:
+            work.cancel()
