@@ -10,7 +10,15 @@ import grpc
 
 from darkroom.errors import StageUnavailable
 from darkroom.runtime.channels import Channels
-from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, router_pb2, router_pb2_grpc, stage_pb2, stage_pb2_grpc
+from darkroom.v1 import (
+    cachemgr_pb2,
+    cachemgr_pb2_grpc,
+    lora_pb2,
+    router_pb2,
+    router_pb2_grpc,
+    stage_pb2,
+    stage_pb2_grpc,
+)
 from darkroom.wire.status import from_rpc_error
 from darkroom.wire.times import seconds
 
@@ -32,6 +40,16 @@ class Drawing:
     seed: int | None = None
     image_count: int | None = None
     scheduler: str = ""
+    loras: tuple[tuple[str, float | None], ...] = ()
+    """Ids and scales; None means the LoRA's own default scale."""
+    step_cache_threshold: float = 0.0
+    """Above 0, forwards whose answer would change by less than this share are answered from history."""
+    preview_interval: int = 0
+    """Steps between previews; 0 means none."""
+    frame_count: int = 0
+    """Frames of a video; 0 means the pipeline's default."""
+    priority: int = 0
+    tenant: str = ""
     deterministic: bool = False
     request_id: str = ""
 
@@ -57,6 +75,7 @@ class Drawn:
     stages: tuple[StageTime, ...]
     total_s: float
     batched_forward_count: int
+    cached_forward_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +85,8 @@ class Progress:
     stage: str
     step: int = 0
     step_count: int = 0
+    previews: tuple[bytes, ...] = ()
+    """JPEG files, one small picture per image, where one was due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +126,9 @@ class Client:
                 if event.HasField("node_started"):
                     on_progress(Progress(stage_name(event.node_started.stage)))
                 elif event.HasField("node_progress"):
-                    on_progress(Progress("denoiser", event.node_progress.step, event.node_progress.step_count))
+                    done = event.node_progress
+                    previews = tuple(preview.data for preview in done.previews)
+                    on_progress(Progress("denoiser", done.step, done.step_count, previews))
                 else:
                     result = event.result
         except grpc.aio.AioRpcError as error:
@@ -168,6 +191,12 @@ def _request(drawing: Drawing) -> router_pb2.GenerateRequest:
         image_count=drawing.image_count,
         scheduler=drawing.scheduler,
         deterministic=drawing.deterministic,
+        loras=[lora_pb2.Lora(lora_id=lora_id, scale=scale) for lora_id, scale in drawing.loras],
+        step_cache_threshold=drawing.step_cache_threshold,
+        preview_interval=drawing.preview_interval,
+        frame_count=drawing.frame_count,
+        priority=drawing.priority,
+        tenant=drawing.tenant,
     )
 
 
@@ -188,4 +217,5 @@ def _drawn(result: router_pb2.GenerateResult) -> Drawn:
         stages=stages,
         total_s=seconds(result.total_duration),
         batched_forward_count=result.batched_forward_count,
+        cached_forward_count=result.cached_forward_count,
     )

@@ -11,9 +11,11 @@
     │   └── MalformedMessage      bytes that are no message
     ├── NotFound              ask for something else
     │   ├── ModelNotFound
+    │   ├── LoraNotFound
     │   ├── NetworkNotHeld
     │   └── TensorNotFound
     ├── UnusableModel         ask the operator to repair the model
+    ├── UnusableLora          likewise
     ├── UnusableCheckpoint    start again without it
     ├── StaleEpoch            give up: a later attempt has taken over
     ├── DigestMismatch        bytes are not what their name says
@@ -113,6 +115,13 @@ class ModelNotFound(NotFound):
         super().__init__(f"model_id {model_id!r} is not in the catalogue", model_id=model_id)
 
 
+class LoraNotFound(NotFound):
+    """No LoRA of this id is in the catalogue."""
+
+    def __init__(self, field: str, lora_id: str) -> None:
+        super().__init__(f"{field} {lora_id!r} is not in the catalogue", field=field, lora_id=lora_id)
+
+
 class NetworkNotHeld(NotFound):
     """The model has no such network, or another stage holds it."""
 
@@ -132,6 +141,15 @@ class UnusableModel(DarkroomError):
 
     def __init__(self, model_id: str, problem: str) -> None:
         super().__init__(f"model_id {model_id!r} cannot be used: {problem}", model_id=model_id, problem=problem)
+
+
+class UnusableLora(DarkroomError):
+    """The LoRA exists, but its file cannot be used."""
+
+    def __init__(self, field: str, lora_id: str, problem: str) -> None:
+        super().__init__(
+            f"{field} {lora_id!r} cannot be used: {problem}", field=field, lora_id=lora_id, problem=problem
+        )
 
 
 class UnusableCheckpoint(DarkroomError):

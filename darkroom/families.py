@@ -117,6 +117,14 @@ _ROWS = (
         time_id_count=6,
     ),
     Family(
+        # the refiner of StableDiffusionXLPipeline: an aesthetic score in place of the target size
+        pipeline="StableDiffusionXLImg2ImgPipeline",
+        denoisers=("unet",),
+        encodings=(Encoding(returns=(PROMPT, NEGATIVE, POOLED, NEGATIVE_POOLED)),),
+        widths=_both("cross_attention_dim", PROMPT) | _both("projection_class_embeddings_input_dim", POOLED),
+        time_id_count=5,
+    ),
+    Family(
         pipeline="StableDiffusion3Pipeline",
         encodings=(Encoding(returns=(PROMPT, NEGATIVE, POOLED, NEGATIVE_POOLED)),),
         widths=_both("joint_attention_dim", PROMPT) | _both("pooled_projection_dim", POOLED),

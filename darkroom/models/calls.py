@@ -9,6 +9,7 @@ import torch
 
 from darkroom.families import Family
 from darkroom.models.loader import Part
+from darkroom.models.spaces import latent_shape
 
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 _FRAMES = "num_frames"
@@ -82,14 +83,16 @@ def call_arguments(
     height_px: int,
     image_count: int,
     frame_count: int = 0,
+    kind: type | None = None,
 ) -> dict[str, Any]:
     """What the pipeline is called with, but for noise and output.
 
     Several images are asked for by as many rows of embeddings: pipelines that are asked for several images to a prompt
     do not all repeat embeddings that they are given. Embeddings are moved to the part's device, those of floating point
-    to the denoiser's type. `frame_count` 0 means what the pipeline draws when nobody says.
+    to the denoiser's type. `frame_count` 0 means what the pipeline draws when nobody says. `kind`: the class that is
+    called, where that is a variant of the part's own; one that only goes on from an image starts from an empty one.
     """
-    accepted = _parameters(type(part.pipeline).__call__)
+    accepted = _parameters((kind or type(part.pipeline)).__call__)
     dtype: torch.dtype = part.denoiser.dtype
     arguments: dict[str, Any] = {
         **{name: torch.zeros(image_count, 1, device=part.device) for name in part.family.unread},
@@ -100,9 +103,12 @@ def call_arguments(
         **part.family.options,
         "num_inference_steps": step_count,
         part.family.guidance: guidance_scale,
-        "width": width_px,
-        "height": height_px,
     }
+    if "width" in accepted:
+        arguments |= {"width": width_px, "height": height_px}
+    elif kind in (None, type(part.pipeline)):
+        empty = torch.zeros(image_count, *latent_shape(part, width_px, height_px), dtype=dtype, device=part.device)
+        arguments |= {"image": empty, "strength": 1.0}
     if "negative_prompt" in accepted:
         arguments["negative_prompt"] = None  # a default that is a text would clash with its embedding
     if frame_count and _FRAMES in accepted:

@@ -6,7 +6,7 @@ import torch
 
 from darkroom.errors import InvalidField, InvalidTensor
 from darkroom.models.loader import Part
-from darkroom.models.spaces import frame_count_of, latent_shape, size_multiple_px, spatial_factor
+from darkroom.models.spaces import frame_count_of, latent_shape, size_multiple_px, spatial_factor, temporal_factor
 from darkroom.models.tensors import check_finite
 from darkroom.schedulers import schedulers_for
 from darkroom.wire.fields import MAX_IMAGES, check_scheduler, check_size
@@ -20,6 +20,8 @@ def check_request(part: Part, task: DenoiseTask) -> None:
     check_size(task.width_px, task.height_px, size_multiple_px(part))
     if task.step_count < part.family.fewest_steps:
         raise InvalidField("step_count", f"must be at least {part.family.fewest_steps} for this model")
+    if task.frame_count and temporal_factor(part) == 1:
+        raise InvalidField("frame_count", "must be 0 for this model, which draws images")
     check_scheduler(task.scheduler, schedulers_for(type(part.pipeline.scheduler).__name__))
 
 

@@ -18,7 +18,9 @@ import structlog
 import torch
 
 from darkroom.errors import InvalidCheckpoint
+from darkroom.models.previews import clean_estimate
 from darkroom.models.program import Ticket
+from darkroom.models.stepcache import Cached, StepCache
 from darkroom.models.trees import Unreadable, Unstorable, blank, from_tree, shape_of, to_tree
 
 _log = structlog.get_logger()
@@ -49,10 +51,8 @@ class StepDone:
     """Solver steps in all; more than asked for with solvers of second order."""
     snapshot: Snapshot | None
     """The state after it, where one was due."""
-    sample: torch.Tensor
-    """What the solver returned; valid until the program goes on."""
-    predicted: torch.Tensor | None
-    """The solver's prediction of the finished latents, where it makes one."""
+    previews: tuple[bytes, ...]
+    """What the latents look like, one file per image, where that was due."""
 
 
 class RangeDone(BaseException):
@@ -80,6 +80,12 @@ class Journal:
     """Whether `start` is another model's, so that only its latents count: the solver and the noise begin anew."""
     to_step: int | None = None
     """The step after which to stop; None means all."""
+    cache_threshold: float = 0.0
+    """Relative change of a network's output below which it is answered from history; 0 runs every forward."""
+    preview: Callable[[torch.Tensor], Sequence[bytes]] | None = None
+    """Draws latents."""
+    preview_interval: int = 0
+    """Steps between previews; 0 draws none."""
     is_resumable: bool = True
     """False once the solver turned out to keep what no snapshot can hold."""
     done: int = field(default=0, init=False)
@@ -90,6 +96,7 @@ class Journal:
     _outputs: Any = field(default=None, init=False)
     _shapes: dict[str, Any] = field(default_factory=dict, init=False)
     _size_bytes: int = field(default=0, init=False)
+    _cache: StepCache = field(default_factory=lambda: StepCache(0.0), init=False)
 
     def begin(self, solver: Any, generators: Sequence[torch.Generator], device: torch.device) -> None:
         """Starts a run with this solver, whose `step` is from now on the journal's.
@@ -100,6 +107,7 @@ class Journal:
         self._solver, self._generators, self._device = solver, generators, device
         self.done, self._at_start, self._outputs = 0, None, None
         self._shapes = dict(self.start.state["shapes"]) if self.start else {}
+        self._cache = StepCache(self.cache_threshold)
         real_step = solver.step
         signature = inspect.signature(real_step)
         noise = {"generator": generators[0] if len(generators) == 1 else list(generators)}
@@ -110,10 +118,12 @@ class Journal:
         def step(*args: Any, **kwargs: Any) -> Any:
             if self._at_start is None:
                 self._at_start = dict(solver.__dict__)
+            if not self.is_skipping and not self.preview_interval:
+                return self._note(None, real_step(*args, **noise | kwargs))
+            given = signature.bind(*args, **kwargs).arguments
             if self.is_skipping:
-                given = signature.bind(*args, **kwargs).arguments
                 return self._skip(given["sample"], wants_tuple=given.get("return_dict") is False)
-            return self._note(real_step(*args, **noise | kwargs))
+            return self._note(given["sample"], real_step(*args, **noise | kwargs))
 
         solver.step = step
 
@@ -124,7 +134,13 @@ class Journal:
 
     def watch(self, network: torch.nn.Module, label: str) -> torch.nn.Module:
         """What stands for a denoising network in this run."""
-        return Watched(network, label, self)
+        cached = Cached(network, label, self._cache, lambda: (self.done, self.step_count))
+        return Watched(cached if self.cache_threshold else network, label, self)
+
+    @property
+    def cached_forwards(self) -> int:
+        """Forwards that were answered from history."""
+        return self._cache.counts.answered
 
     def keep(self) -> None:
         """Makes the run's last finished step the one that the next run goes on from."""
@@ -183,6 +199,8 @@ class Journal:
                 generator.set_state(rng)
         except (RuntimeError, TypeError) as error:
             raise InvalidCheckpoint("holds no state of a noise source") from error
+        if self.cache_threshold:
+            self._cache.load(self._stored("cache", self._device))
 
     def _stored(self, part: str, device: torch.device) -> Any:
         assert self.start is not None
@@ -191,20 +209,26 @@ class Journal:
         except Unreadable as error:
             raise InvalidCheckpoint(str(error)) from error
 
-    def _note(self, answer: Any) -> Any:
+    def _note(self, before: torch.Tensor | None, answer: Any) -> Any:
         self.done += 1
         self._outputs = tuple(answer) if isinstance(answer, tuple) else tuple(answer.values())
         steps = self.step_count
         last = steps if self.to_step is None else min(steps, self.to_step)
         self._count_forwards_left(last)
         snapshot = self._snapshot() if self._is_snapshot_due else None
-        predicted = getattr(answer, "pred_original_sample", None)
-        if predicted is None and len(self._outputs) > 1 and _fits(self._outputs[1], self._outputs[0]):
-            predicted = self._outputs[1]
-        self.on_step(StepDone(self.done, steps, snapshot, self._outputs[0], predicted))
+        self.on_step(StepDone(self.done, steps, snapshot, self._previews(before, answer)))
         if self.done == self.to_step:
             raise RangeDone(self._outputs[0])
         return answer
+
+    def _previews(self, before: torch.Tensor | None, answer: Any) -> tuple[bytes, ...]:
+        if self.preview is None or before is None or self.done % self.preview_interval:
+            return ()
+        after, *others = self._outputs
+        predicted = getattr(answer, "pred_original_sample", None)
+        if predicted is None and others and _fits(others[0], after):
+            predicted = others[0]
+        return tuple(self.preview(clean_estimate(self._solver, before, after, predicted)))
 
     @property
     def _is_snapshot_due(self) -> bool:
@@ -232,6 +256,7 @@ class Journal:
                 "solver": to_tree(changed, tensors),
                 "generators": to_tree([generator.get_state() for generator in self._generators], tensors),
                 "shapes": dict(self._shapes),
+                "cache": to_tree(self._cache.state() if self.cache_threshold else None, tensors),
             }
         except Unstorable as error:
             self._give_up(error)

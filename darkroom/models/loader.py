@@ -3,12 +3,13 @@
 A model's files are not trusted: only classes of diffusers and transformers, only safetensors, no code from the folder.
 """
 
+import inspect
 import json
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,18 @@ import structlog
 import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.pipelines.auto_pipeline import AUTO_INPAINT_PIPELINES_MAPPING, AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from safetensors import safe_open
+from torch.utils._pytree import register_pytree_node
 from transformers import PreTrainedModel
 
 from darkroom.errors import UnusableModel
 from darkroom.families import FAMILIES, UNSUPPORTED, Family
 from darkroom.models.derived import NotDerivable, derived_family
+from darkroom.models.previews import PreviewMap, load_map
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Absent, Batched
-
-diffusers.utils.logging.set_verbosity_error()
-transformers.utils.logging.set_verbosity_error()
-diffusers.utils.logging.disable_progress_bar()  # a bar is no log line
-transformers.utils.logging.disable_progress_bar()
 
 _log = structlog.get_logger()
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -37,6 +37,13 @@ _CONDITIONING = ("text_encoder", "tokenizer", "image_encoder", "feature_extracto
 _VAE_METHODS = ("encode", "decode")
 _STORED_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_INDEX_BYTES = 1 << 20
+
+# Else a batch's distribution of latents would be a leaf, and every request that shared the batch would get all of it.
+register_pytree_node(
+    DiagonalGaussianDistribution,
+    lambda latents: ([latents.parameters], latents.deterministic),
+    lambda parameters, deterministic: DiagonalGaussianDistribution(*parameters, deterministic=deterministic),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +66,18 @@ class Part:
     """Every network by name, as loaded: real, or on the meta device."""
     device: torch.device
     load_s: float
+    preview_map: PreviewMap | None = None
+    """How its latents look; None when nobody fitted a map."""
+    variants: dict[type, DiffusionPipeline] = field(default_factory=dict, init=False, repr=False)
+    """Pipelines of other tasks over the same components, made when they are first needed."""
+
+    def stand_in(self, name: str) -> Any:
+        """What stands for a network in the pipeline; None if it has none of that name."""
+        return getattr(self.pipeline, name, None) if name in self.networks else None
 
     def network_states(self) -> list[NetworkState]:
         """What is resident, network by network, counted from the parameters themselves."""
-        return [_state(name, network) for name, network in sorted(self.networks.items())]
+        return [network_state(name, network) for name, network in sorted(self.networks.items())]
 
     @property
     def denoiser_names(self) -> tuple[str, ...]:
@@ -112,6 +127,7 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, se
         networks=networks,
         device=device,
         load_s=time.monotonic() - start_s,
+        preview_map=load_map(folder) if stage == "denoiser" else None,
     )
     for key, values in family.requires.items():
         if part.denoiser_config.get(key) not in values:
@@ -131,10 +147,14 @@ def _read_index(folder: Path, model_id: str) -> dict[str, Any]:
 
 
 def _family_of(index: dict[str, Any], model_id: str) -> Family:
-    """The table's row, or one read off the class."""
+    """The table's row, or one read off the class. A model made for inpainting is of the family that it repaints for."""
     name = str(index.get("_class_name"))
     if name in FAMILIES:
         return FAMILIES[name]
+    for key, kind in AUTO_INPAINT_PIPELINES_MAPPING.items():
+        whole = AUTO_TEXT2IMAGE_PIPELINES_MAPPING.get(key)
+        if kind.__name__ == name and whole is not None and whole.__name__ in FAMILIES:
+            return FAMILIES[whole.__name__]
     if name in UNSUPPORTED:
         raise UnusableModel(model_id, f"{name} is not supported: {UNSUPPORTED[name]}")
     kind = getattr(diffusers, name, None)
@@ -165,16 +185,18 @@ def _assemble(
         if issubclass(kind, ModelMixin | PreTrainedModel):
             home = Home(_stage_of(name, family), folder.name, name)
             if home.stage == stage:
-                networks[name] = _load_network(kind, folder / name, device)
+                networks[name] = load_network(kind, folder / name, device)
                 components[name] = _present(name, networks[name], family)
             else:
-                networks[name] = _meta_network(kind, folder / name)
+                networks[name] = meta_network(kind, folder / name)
                 components[name] = _away(networks[name], home, device, send if stage == "denoiser" else None)
         elif issubclass(kind, SchedulerMixin) or stage == "encoder":
             components[name] = kind.from_pretrained(folder / name, local_files_only=True)
         else:
             components[name] = None
-    pipeline = getattr(diffusers, family.pipeline)(**components)
+    pipeline_class = getattr(diffusers, family.pipeline)
+    accepted = inspect.signature(pipeline_class).parameters
+    pipeline = pipeline_class(**{name: value for name, value in components.items() if name in accepted})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, networks
 
@@ -192,9 +214,11 @@ def _component_class(model_id: str, name: str, library: str, class_name: str) ->
     return kind
 
 
-def _load_network(kind: Any, folder: Path, device: torch.device) -> torch.nn.Module:
-    dtype = torch.float32 if device.type == "cpu" else _stored_dtype(folder)
-    network = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+def load_network(kind: Any, folder: Path, device: torch.device) -> torch.nn.Module:
+    """The network with its weights, on the device, in the type it runs in there."""
+    network = kind.from_pretrained(
+        folder, dtype=running_dtype(folder, device), use_safetensors=True, local_files_only=True
+    )
     if getattr(network.config, "force_upcast", False) and network.dtype is torch.float16:
         # pipelines would cast it to and fro around each request, under the feet of the others
         network = network.float()
@@ -203,8 +227,13 @@ def _load_network(kind: Any, folder: Path, device: torch.device) -> torch.nn.Mod
     return network
 
 
-def _stored_dtype(folder: Path) -> torch.dtype:
-    """The type of most of the numbers stored. Not "auto": diffusers takes that for single precision."""
+def running_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """What a network runs in: single precision on a CPU, elsewhere the type of most of the numbers stored.
+
+    Not "auto": diffusers takes that for single precision.
+    """
+    if device.type == "cpu":
+        return torch.float32
     counts: Counter[str] = Counter()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -214,7 +243,8 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return _STORED_TYPES.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
 
 
-def _meta_network(kind: Any, folder: Path) -> torch.nn.Module:
+def meta_network(kind: Any, folder: Path) -> torch.nn.Module:
+    """The network without weights."""
     with torch.device("meta"):
         if issubclass(kind, PreTrainedModel):
             network = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
@@ -240,7 +270,8 @@ def _present(name: str, network: torch.nn.Module, family: Family) -> torch.nn.Mo
     return Batched(network, name, methods=("forward", *methods), is_batched=family.is_batched)
 
 
-def _state(name: str, network: torch.nn.Module) -> NetworkState:
+def network_state(name: str, network: torch.nn.Module) -> NetworkState:
+    """How much of it is here: what lives on the meta device takes no room."""
     held = [p for p in network.parameters() if p.device.type != "meta"]
     buffers = [b for b in network.buffers() if b.device.type != "meta"] if held else []
     size = sum(t.numel() * t.element_size() for t in (*held, *buffers))

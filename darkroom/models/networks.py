@@ -1,30 +1,52 @@
 """Networks of this replica, called from others."""
 
 import inspect
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from darkroom.errors import InvalidCall, NetworkNotHeld
-from darkroom.models.loader import Part
 from darkroom.models.remote import OutsideCall, Reply
 from darkroom.models.standins import Batched
-from darkroom.models.trees import Unreadable, from_tree, to_tree
+from darkroom.models.trees import from_tree, to_tree
 
 
-def call_network(part: Part, call: OutsideCall) -> Reply:
-    """The program that serves a call from elsewhere. Raises NetworkNotHeld or InvalidCall."""
-    stand_in = getattr(part.pipeline, call.network, None)
-    method = vars(stand_in).get(call.method) if isinstance(stand_in, Batched) else None
+class Held(Protocol):
+    """What a replica has loaded under a model's id: part of a model, or a ControlNet."""
+
+    @property
+    def networks(self) -> Mapping[str, torch.nn.Module]:
+        """Every network by name, as loaded."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+
+    def stand_in(self, name: str) -> Any:
+        """What the programs of this replica call in the network's place; None where there is no such network."""
+
+
+def call_network(part: Held, call: OutsideCall) -> Reply:
+    """The program that serves a call from elsewhere. Raises NetworkNotHeld or InvalidCall.
+
+    Numbers of floating point are cast to the network's type: the caller may run in another.
+    """
+    stand_in = part.stand_in(call.network)
+    method = vars(stand_in).get(call.method) if type(stand_in) is Batched else None
     if method is None:
         raise NetworkNotHeld(f"{call.network}.{call.method}")
     try:
-        arguments = from_tree(call.arguments, call.tensors, part.device)
-    except Unreadable as error:
-        raise InvalidCall(call.network, f"is called with what {error}") from error
-    tensors: dict[str, torch.Tensor] = {}
-    try:
+        arguments = _in_type(from_tree(call.arguments, call.tensors, part.device), stand_in.dtype)
         inspect.signature(getattr(part.networks[call.network], call.method)).bind(**arguments)
-        answer = to_tree(method(**arguments), tensors)
-    except (TypeError, ValueError, RuntimeError) as error:
+        tensors: dict[str, torch.Tensor] = {}
+        return Reply(to_tree(method(**arguments), tensors), tensors)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever reading, running or storing raised, it is the arguments that were unfit
         raise InvalidCall(call.network, f"does not take these arguments: {str(error)[:200]}") from error
-    return Reply(answer, tensors)
+
+
+def _in_type(arguments: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, arguments)

@@ -1,18 +1,29 @@
 """What a request has of its own while it shares a part's networks: the pipeline object and the scheduler."""
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 
 from darkroom.models.loader import Part
 from darkroom.schedulers import scheduler_choice
 
+_NONE: Mapping[str, torch.nn.Module] = MappingProxyType({})
 
-def own_copy(part: Part) -> DiffusionPipeline:
-    """A pipeline object of the request's own over the same networks: pipelines keep state of a call on themselves."""
-    return copy.copy(part.pipeline)
+
+def own_copy(part: Part, stand_ins: Mapping[str, torch.nn.Module] = _NONE) -> DiffusionPipeline:
+    """A pipeline object of the request's own over the same networks: pipelines keep state of a call on themselves.
+
+    `stand_ins`: what to put in place of the part's own, by component.
+    """
+    pipeline = copy.copy(part.pipeline)
+    for name, stand_in in stand_ins.items():
+        object.__setattr__(pipeline, name, stand_in)  # not by the pipeline's own way, which writes into its config
+    return pipeline
 
 
 def fresh_scheduler(own: Any, name: str) -> Any:

@@ -5,6 +5,8 @@ denoiser's program is in `denoising`.
 """
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,12 +18,19 @@ from darkroom.models.own import fresh_scheduler, own_copy
 from darkroom.models.spaces import frame_count_of
 from darkroom.wire.tasks import DecodeTask, EncodeTask
 
+_NO_STAND_INS: Mapping[str, torch.nn.Module] = MappingProxyType({})
 
-def encode(part: Part, task: EncodeTask) -> dict[str, torch.Tensor]:
-    """Runs `encode_prompt`. Returns embeddings [1, ...] by the names under which the pipeline's call takes them."""
+
+def encode(
+    part: Part, task: EncodeTask, stand_ins: Mapping[str, torch.nn.Module] = _NO_STAND_INS
+) -> dict[str, torch.Tensor]:
+    """Runs `encode_prompt`. Returns embeddings [1, ...] by the names under which the pipeline's call takes them.
+
+    `stand_ins`: what to put in place of the part's own, by component.
+    """
     wanted = part.family.embedding_names(guided=task.guided)
     named: dict[str, torch.Tensor] = {}
-    pipeline = own_copy(part)
+    pipeline = own_copy(part, stand_ins)
     for encoding in part.family.encodings:
         if encoding.of_negative and not task.guided:
             continue

@@ -4,17 +4,21 @@ A pipeline that calls a network of another stage, such as the VAE in image to im
 call leaves the program as an errand, and others go on meanwhile.
 """
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from darkroom.errors import InvalidCall
-from darkroom.models.program import wait_elsewhere
+from darkroom.models.program import Ticket, wait_elsewhere
 from darkroom.models.standins import StandIn
 from darkroom.models.trees import Unreadable, Unstorable, from_tree, to_tree
 from darkroom.wire.calls import METHODS
@@ -29,6 +33,11 @@ class OutsideCall:
     method: str
     arguments: Any
     tensors: Mapping[str, torch.Tensor]
+    request_id: str = ""
+    alone: bool = False
+    """Never in a batch with other calls."""
+    deadline_s: float = math.inf
+    """On the clock of `time.monotonic`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +60,18 @@ class Reply:
 
 Send = Callable[[str, OutsideCall], "Future[Reply]"]
 """Calls a network at a replica of the stage named."""
+
+_ticket: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
+
+
+@contextlib.contextmanager
+def calling_for(ticket: Ticket) -> Iterator[None]:
+    """Calls made inside, by this program, are made for this request: alone if it is, and no longer than it has."""
+    token = _ticket.set(ticket)
+    try:
+        yield
+    finally:
+        _ticket.reset(token)
 
 
 class Remote(StandIn):
@@ -82,6 +103,7 @@ def _call(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    ticket = _ticket.get() or Ticket()
     tensors: dict[str, torch.Tensor] = {}
     given = dict(signature.bind(*args, **kwargs).arguments)
     given.pop("generator", None)  # some VAEs take one, and do not use it
@@ -89,9 +111,43 @@ def _call(
         arguments = to_tree(given, tensors)
     except Unstorable as error:
         raise InvalidCall(home.network, f"cannot be called elsewhere with {error}") from error
-    call = OutsideCall(home.model_id, home.network, method, arguments, tensors)
-    reply = wait_elsewhere(lambda: send(home.stage, call))
+    call = OutsideCall(
+        home.model_id,
+        home.network,
+        method,
+        arguments,
+        tensors,
+        request_id=ticket.request_id,
+        alone=ticket.alone,
+        deadline_s=ticket.deadline_s,
+    )
+    reply = _wait(lambda: send(home.stage, call))
     try:
-        return from_tree(reply.answer, reply.tensors, device)
+        answer = from_tree(reply.answer, reply.tensors, device)
     except Unreadable as error:
         raise InvalidCall(home.network, f"answered what {error}") from error
+    dtype = _dtype_of(given)
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if dtype and t.is_floating_point() else t, answer)
+
+
+def _wait(start: Callable[[], "Future[Reply]"]) -> Reply:
+    """Leaves the program until the reply is there. A program that is ended meanwhile takes its call along."""
+    started: list[Future[Reply]] = []
+
+    def noted() -> "Future[Reply]":
+        started.append(start())
+        return started[0]
+
+    try:
+        reply: Reply = wait_elsewhere(noted)
+    except BaseException:
+        for future in started:
+            future.cancel()
+        raise
+    return reply
+
+
+def _dtype_of(arguments: Any) -> torch.dtype | None:
+    """The type of the first argument of floating point: what the network here would answer in."""
+    tensors = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+    return next((tensor.dtype for tensor in tensors), None)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -12,10 +12,12 @@ import structlog
 import torch
 
 from darkroom.errors import ModelNotFound, Moved, QueueFull, Stalled
+from darkroom.models.adapters import Adapters
 from darkroom.models.executor import EngineCounts, Executor
 from darkroom.models.loader import Part, load_part
 from darkroom.models.program import Ticket
 from darkroom.models.remote import Send
+from darkroom.wire.tasks import LoraUse
 
 T = TypeVar("T")
 _log = structlog.get_logger()
@@ -51,10 +53,12 @@ class StageReplica:
         max_batch_rows: int,
         thread_count: int,
         slot_count: int = 32,
+        max_lora_bytes: int = 2 << 30,
     ) -> None:
         """`max_running`: requests accepted at once; `slot_count`: those of them that are on the device.
 
-        `max_batch_rows`: rows of a batch; `thread_count`: of torch. Called inside an event loop.
+        `max_batch_rows`: rows of a batch; `thread_count`: of torch; `max_lora_bytes`: of each part's LoRAs together.
+        Called inside an event loop.
         """
         self.replica_id, self.stage = replica_id, stage
         self._root, self._device = model_store, torch.device(device)
@@ -64,6 +68,8 @@ class StageReplica:
         )
         self._stalled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loads: dict[str, asyncio.Task[Part]] = {}
+        self._adapters: dict[str, Adapters] = {}
+        self._max_lora_bytes = max_lora_bytes
         self._running = self._finished = 0
         self._start_s = time.monotonic()
         self.send: Send | None = None
@@ -106,6 +112,21 @@ class StageReplica:
             loaded = {other.model_id for other in self._parts()} | {model_id}
             await self.on_loaded(loaded)
         return part
+
+    @contextlib.asynccontextmanager
+    async def adapted(self, part: Part, loras: Sequence[LoraUse]) -> AsyncIterator[Mapping[str, torch.nn.Module]]:
+        """Stand-ins that draw with these LoRAs, by component, held while inside; read beside whatever runs.
+
+        Raises LoraNotFound, InvalidField, UnusableLora or QueueFull.
+        """
+        if not loras:
+            yield {}
+            return
+        adapters = self._adapters.get(part.model_id)
+        if adapters is None or adapters.part is not part:
+            adapters = self._adapters[part.model_id] = Adapters(part, self._root, self._max_lora_bytes)
+        with await adapters.load(loras) as combination:
+            yield combination.stand_ins()
 
     async def run(self, program: Callable[[], T], ticket: Ticket) -> T:
         """Runs a program in the executor. Cancelling this call ends the program at its next stop. Raises Stalled."""

@@ -2,7 +2,9 @@
 
 None, bool, int, float, str    themselves; a float that is no number as {"float": "nan"}
 tensor                         {"tensor": name, "type": "float32"}; types the wire lacks travel as their bytes,
-                               with "shape"; one that was in host memory, and goes back there, has "host": true
+                               with "shape"; one that was in host memory, and goes back there, has "host": true;
+                               one that lay in memory in another order of dimensions, slowest first, has "order",
+                               because convolutions round differently then
 NumPy scalar, array            {"scalar": value, "type": "float64"}, {"array": name, "type": …}
 list, tuple, dict              {"list": […]}, {"tuple": […]}, {"dict": {…}}
 output of a network            {"output": {…}}; comes back as something that is read in the same ways
@@ -64,6 +66,9 @@ def to_tree(value: Any, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: C901,
 def _tensor_tree(kind: str, value: torch.Tensor, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     name = f"t{len(tensors)}"
     tree = {kind: name, "type": str(value.dtype).removeprefix("torch."), "host": value.device.type == "cpu"}
+    order = _order(value)
+    if order:
+        tree["order"] = order
     copied = value.detach().to("cpu", copy=True).contiguous()
     if value.dtype in _WIRE_TYPES:
         tensors[name] = copied
@@ -72,6 +77,24 @@ def _tensor_tree(kind: str, value: torch.Tensor, tensors: dict[str, torch.Tensor
         raise Unstorable(f"a tensor of {tree['type']}")
     tensors[name] = copied.reshape(-1).view(torch.uint8)
     return {**tree, "shape": list(value.shape)}
+
+
+def _order(value: torch.Tensor) -> list[int] | None:
+    """The dimensions as they lie in memory, slowest first; None for row-major, and for tensors with gaps."""
+    if value.is_contiguous():
+        return None
+    order = sorted(range(value.ndim), key=value.stride, reverse=True)
+    return order if value.permute(order).is_contiguous() else None
+
+
+def _ordered(tensor: torch.Tensor, order: Any) -> torch.Tensor:
+    """The tensor, its dimensions in that order in memory."""
+    if order is None:
+        return tensor
+    if not isinstance(order, list) or sorted(map(str, order)) != sorted(map(str, range(tensor.ndim))):
+        raise Unreadable("holds a tensor in no order of its dimensions")
+    back = [order.index(dimension) for dimension in range(tensor.ndim)]
+    return tensor.permute(order).contiguous().permute(back)
 
 
 def from_tree(  # noqa: C901, PLR0911 - one case for each kind
@@ -91,7 +114,7 @@ def from_tree(  # noqa: C901, PLR0911 - one case for each kind
             return _numpy_type(type_name)(value)
         case {"tensor": str(name), "type": str(type_name)}:
             home = torch.device("cpu") if tree.get("host") is True else device
-            return _tensor(tree, name, type_name, tensors).to(home, copy=True)
+            return _ordered(_tensor(tree, name, type_name, tensors), tree.get("order")).to(home, copy=True)
         case {"array": str(name), "type": str(type_name)}:
             return _tensor(tree, name, type_name, tensors).numpy().copy()
         case {"list": list(items)}:

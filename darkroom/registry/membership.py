@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from darkroom.errors import RegistryUnavailable
 from darkroom.registry import keys
-from darkroom.registry.model_entry import ModelEntry
+from darkroom.registry.model_entry import LoraEntry, ModelEntry, parse_entry
 from darkroom.registry.port import LeaseId, Member, Registry
 
 T = TypeVar("T")
@@ -155,16 +155,17 @@ class ClusterView:
         self._registry = registry
         self._member_shelf = _Shelf(keys.MEMBERS, _parse_member)
         self._residency_shelf = _Shelf(keys.RESIDENCY, lambda key, _: keys.parse_residency(key))
-        self._model_shelf = _Shelf(keys.MODELS, _parse_model)
+        self._entry_shelf = _Shelf(keys.MODELS, _parse_entry)
         self._members: tuple[Member, ...] = ()
         self._held: dict[str, tuple[str, ...]] = {}
         self._models: dict[str, ModelEntry] = {}
+        self._loras: dict[str, LoraEntry] = {}
         self._changed = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
         """Whether members, residency and catalogue were all seen once."""
-        return self._member_shelf.is_read and self._residency_shelf.is_read and self._model_shelf.is_read
+        return self._member_shelf.is_read and self._residency_shelf.is_read and self._entry_shelf.is_read
 
     def members(self, stage: str | None = None) -> tuple[Member, ...]:
         """Who is up, of one stage or of all, by stage and replica_id."""
@@ -175,19 +176,27 @@ class ClusterView:
         return self._held.get(replica_id, ())
 
     def models(self) -> tuple[ModelEntry, ...]:
-        """The catalogue, by model_id."""
+        """The catalogue's models, by model_id."""
         return tuple(self._models.values())
 
     def model(self, model_id: str) -> ModelEntry | None:
         """The catalogue's entry, if there is one."""
         return self._models.get(model_id)
 
+    def loras(self) -> tuple[LoraEntry, ...]:
+        """The catalogue's LoRAs, by lora_id."""
+        return tuple(self._loras.values())
+
+    def lora(self, lora_id: str) -> LoraEntry | None:
+        """The catalogue's entry, if there is one."""
+        return self._loras.get(lora_id)
+
     async def run(self) -> None:
         """Follows the registry until cancelled."""
         async with asyncio.TaskGroup() as following:
             following.create_task(self._follow(self._member_shelf, self._index_members))
             following.create_task(self._follow(self._residency_shelf, self._index_residency))
-            following.create_task(self._follow(self._model_shelf, self._index_models))
+            following.create_task(self._follow(self._entry_shelf, self._index_entries))
 
     async def wait_for(self, predicate: Callable[["ClusterView"], bool]) -> None:
         """Returns as soon as the predicate holds; asked now and after each change. The caller sets the deadline."""
@@ -211,8 +220,10 @@ class ClusterView:
             held[key.replica_id] = (*held.get(key.replica_id, ()), key.model_id)
         self._held = held
 
-    def _index_models(self) -> None:
-        self._models = {entry.model_id: entry for _, entry in sorted(self._model_shelf.values.items())}
+    def _index_entries(self) -> None:
+        found = [entry for _, entry in sorted(self._entry_shelf.values.items())]
+        self._models = {entry.model_id: entry for entry in found if isinstance(entry, ModelEntry)}
+        self._loras = {entry.lora_id: entry for entry in found if isinstance(entry, LoraEntry)}
 
 
 def _parse_member(key: str, value: bytes) -> Member:
@@ -228,9 +239,10 @@ def _parse_member(key: str, value: bytes) -> Member:
     return Member(replica_id=name.replica_id, stage=name.stage, address=address, device=device)
 
 
-def _parse_model(key: str, value: bytes) -> ModelEntry:
-    """Raises ValueError for what is no model entry, or one under another's key."""
-    entry = ModelEntry.from_json(value)
-    if keys.model(entry.model_id) != key:
-        raise ValueError(f"{key} holds the entry of {entry.model_id!r}")
+def _parse_entry(key: str, value: bytes) -> ModelEntry | LoraEntry:
+    """Raises ValueError for what is no entry of the catalogue, or one under another's key."""
+    entry = parse_entry(value)
+    name = entry.model_id if isinstance(entry, ModelEntry) else entry.lora_id
+    if keys.model(name) != key:
+        raise ValueError(f"{key} holds the entry of {name!r}")
     return entry

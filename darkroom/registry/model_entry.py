@@ -1,9 +1,11 @@
-"""What the cluster knows about a model without loading it: all that a request is checked against. Pure."""
+"""What the cluster knows about a model or LoRA without loading it: all that a request is checked against. Pure."""
 
 import json
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+_LORA = "lora"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,12 @@ class ModelEntry:
     """Widths and heights are multiples of it."""
     default_step_count: int
     default_guidance_scale: float
+    guided_above: float | None = 1.0
+    """The guidance scale up to which there is no guidance, and no negative is encoded; None: never any."""
+
+    def is_guided(self, guidance_scale: float) -> bool:
+        """Whether the denoiser needs the negative's embedding at this scale."""
+        return self.guided_above is not None and guidance_scale > self.guided_above
 
     def to_json(self) -> bytes:
         """The entry as the registry keeps it: equal entries give equal bytes."""
@@ -52,9 +60,57 @@ class ModelEntry:
                 size_multiple_px=_whole(fields["size_multiple_px"]),
                 default_step_count=_whole(fields["default_step_count"]),
                 default_guidance_scale=_finite(fields["default_guidance_scale"]),
+                guided_above=_finite_or_none(fields.get("guided_above", 1.0)),
             )
         except (KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not a model entry: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraEntry:
+    """One LoRA of the catalogue. Its id is a folder of the same store, so no model has it too."""
+
+    lora_id: str
+    base_model: str | None
+    """The model it is for; None if the store does not say: loading it tells."""
+    default_scale: float
+    stages: tuple[str, ...]
+    """The stages whose networks it changes, as far as the names of its tensors say."""
+    size_bytes: int
+    """Of its file."""
+
+    def to_json(self) -> bytes:
+        """The entry as the registry keeps it: equal entries give equal bytes."""
+        return json.dumps({**asdict(self), "kind": _LORA}, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, value: bytes) -> Self:
+        """Raises ValueError for what is no entry. Fields of later versions are passed over."""
+        try:
+            fields = json.loads(value)
+            base_model = fields["base_model"]
+            return cls(
+                lora_id=_text(fields["lora_id"]),
+                base_model=None if base_model is None else _text(base_model),
+                default_scale=_finite(fields["default_scale"]),
+                stages=tuple(_text(stage) for stage in _items(fields["stages"])),
+                size_bytes=_whole(fields["size_bytes"]),
+            )
+        except (KeyError, TypeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"not a LoRA entry: {error!r}") from error
+
+
+def parse_entry(value: bytes) -> ModelEntry | LoraEntry:
+    """An entry of either kind. Raises ValueError for what is none."""
+    try:
+        kind = json.loads(value).get("kind")
+    except (AttributeError, RecursionError) as error:
+        raise ValueError(f"not an entry: {error!r}") from error
+    return LoraEntry.from_json(value) if kind == _LORA else ModelEntry.from_json(value)
+
+
+def _finite_or_none(value: Any) -> float | None:
+    return None if value is None else _finite(value)
 
 
 def _component(value: Any) -> ComponentEntry:

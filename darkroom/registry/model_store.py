@@ -1,4 +1,6 @@
-"""Lists what a model store offers, by JSON and file sizes only, so that router and cachemgr need no torch.
+"""Lists what a model store offers, by JSON, headers and file sizes only, so that router and cachemgr need no torch.
+
+A folder with a model_index.json is a model; one without, but with a safetensors file, is a LoRA.
 
 The rule: a folder that cannot be served is refused with its reason; it never hides the others.
 """
@@ -10,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from darkroom.errors import InvalidField
-from darkroom.registry.model_entry import ComponentEntry, ModelEntry
+from darkroom.families import FAMILIES
+from darkroom.registry.model_entry import ComponentEntry, LoraEntry, ModelEntry
 from darkroom.registry.store_folder import Refused, StoreFolder
 from darkroom.schedulers import schedulers_for
 from darkroom.wire import fields
@@ -29,6 +32,8 @@ _PIPELINE_MULTIPLE_PX = 8
 _WHOLE_OVERRIDES = frozenset({"default_width_px", "default_height_px", "size_multiple_px", "default_step_count"})
 _OVERRIDES = _WHOLE_OVERRIDES | {"default_guidance_scale"}
 
+_ENCODER_TENSORS = re.compile(r"(?:text_encoder(?:_[0-9]+)?\.|lora_te[0-9]*_|base_model\.text_encoder)")
+
 _CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _COMPONENT_NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,63}")
 
@@ -39,21 +44,64 @@ class StoreListing:
 
     models: tuple[ModelEntry, ...]
     """By model_id."""
+    loras: tuple[LoraEntry, ...]
+    """By lora_id."""
     refused: dict[str, str]
-    """Folders that have a model_index.json but cannot be served, and why."""
+    """Folders of models and LoRAs that cannot be served, and why."""
 
 
 def read_model_store(root: Path) -> StoreListing:
-    """Reads every folder of the store that has a model_index.json. Raises OSError if the store cannot be listed."""
+    """Reads every folder of the store that is a model or a LoRA. Raises OSError if the store cannot be listed."""
     models: list[ModelEntry] = []
+    loras: list[LoraEntry] = []
     refused: dict[str, str] = {}
     for path in sorted(root.iterdir()):
         try:
             if path.joinpath("model_index.json").exists():
                 models.append(_read_model(root, path))
+            elif path.is_dir() and (weights := StoreFolder(root, path).weights()):
+                loras.append(_read_lora(root, path, weights))
         except (Refused, InvalidField, OSError) as problem:
             refused[os.fsencode(path.name).decode(errors="replace")] = str(problem)
-    return StoreListing(models=tuple(models), refused=refused)
+    model_ids = {entry.model_id for entry in models}
+    for entry in loras:
+        if entry.base_model is not None and entry.base_model not in model_ids:
+            refused[entry.lora_id] = f"its base_model {entry.base_model} cannot be served from this store"
+    served = tuple(entry for entry in loras if entry.lora_id not in refused)
+    return StoreListing(models=tuple(models), loras=served, refused=refused)
+
+
+def _read_lora(root: Path, path: Path, weights: list[str]) -> LoraEntry:
+    """Raises Refused, or InvalidField for a name that no request could have."""
+    lora_id = _check_lora_id(path.name)
+    if len(weights) > 1:
+        raise Refused(f"it has {len(weights)} safetensors files: a LoRA has one, a model has a model_index.json")
+    folder = StoreFolder(root, path)
+    settings = folder.find_object("darkroom.json") or {}
+    if unknown := settings.keys() - {"base_model", "default_scale"}:
+        raise Refused(f"darkroom.json has an unknown key {min(unknown)[:64]!r}")
+    base_model, scale = settings.get("base_model"), settings.get("default_scale", 1.0)
+    if base_model is not None and not isinstance(base_model, str):
+        raise Refused("darkroom.json: base_model must be a model_id")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= fields.MAX_LORA_SCALE:
+        raise Refused(f"darkroom.json: default_scale must be from -{fields.MAX_LORA_SCALE} to {fields.MAX_LORA_SCALE}")
+    header = folder.read_header(weights[0])
+    changes_encoder = {_ENCODER_TENSORS.match(name) is not None for name in header.tensor_names}
+    return LoraEntry(
+        lora_id=lora_id,
+        base_model=None if base_model is None else fields.check_model_id(base_model),
+        default_scale=float(scale),
+        stages=("encoder",) * (True in changes_encoder) + ("denoiser",) * (False in changes_encoder),
+        size_bytes=header.size_bytes,
+    )
+
+
+def _check_lora_id(value: str) -> str:
+    """Ids of LoRAs and models are alike: both are folders of the store. Raises InvalidField."""
+    try:
+        return fields.check_model_id(value)
+    except InvalidField as problem:
+        raise InvalidField("lora_id", problem.facts["problem"]) from problem
 
 
 def _read_model(root: Path, path: Path) -> ModelEntry:
@@ -80,7 +128,15 @@ def _read_model(root: Path, path: Path) -> ModelEntry:
             "default_step_count", int(defaults["default_step_count"]), fields.MAX_STEPS
         ),
         default_guidance_scale=fields.check_guidance_scale(float(defaults["default_guidance_scale"])),
+        guided_above=_guided_above(pipeline),
     )
+
+
+def _guided_above(pipeline: str) -> float | None:
+    family = FAMILIES.get(pipeline)
+    if family is None:
+        return 1.0
+    return family.unguided_scale if family.classifier_free else None
 
 
 def _component_names(index: Mapping[str, object]) -> list[str]:

@@ -2,14 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 
 import grpc
 import torch
 
-from darkroom.errors import StageUnavailable, Unavailable
-from darkroom.models.networks import call_network
+from darkroom.errors import DeadlinePassed, Overloaded, StageUnavailable, Unavailable
+from darkroom.models.networks import Held, call_network
 from darkroom.models.program import Ticket
 from darkroom.models.remote import OutsideCall, Reply
 from darkroom.models.replica import StageReplica
@@ -18,34 +18,52 @@ from darkroom.policy.placement import ReplicaLoad, choose_replica
 from darkroom.registry.membership import ClusterView
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.exchange import TensorShelf, TensorSource
+from darkroom.runtime.server import time_left_s
 from darkroom.v1 import network_pb2, network_pb2_grpc, tensor_pb2
 from darkroom.wire.calls import NetworkCall, Tree, parse_call, parse_tree, tree_json
 from darkroom.wire.status import from_rpc_error
 from darkroom.wire.times import duration
 
 _CALL_TIMEOUT_S = 120.0
+_SUSPECT_S = 5.0
+"""How long a replica that failed a call comes last: it may be listed until its lease ends."""
 
 
 class NetworkCalls:
     """Both directions: serves calls to this replica's networks, and sends calls to those of others."""
 
     def __init__(
-        self, replica: StageReplica, view: ClusterView, channels: Channels, shelf: TensorShelf, source: TensorSource
+        self,
+        replica: StageReplica,
+        view: ClusterView,
+        channels: Channels,
+        shelf: TensorShelf,
+        source: TensorSource,
+        *,
+        held: Callable[[str], Awaitable[Held]] | None = None,
     ) -> None:
-        """Large tensors wait on `shelf` and are fetched through `source`."""
+        """Large tensors wait on `shelf` and are fetched through `source`.
+
+        `held` gets what is called, by model id; None means the replica's parts of models.
+        """
+        self._held: Callable[[str], Awaitable[Held]] = held or replica.part
         self._replica, self._view, self._channels = replica, view, channels
         self._shelf, self._source = shelf, source
         self._loop = asyncio.get_running_loop()
         self._sent_count: dict[str, int] = {}
+        self._suspect_until_s: dict[str, float] = {}
 
-    async def serve(self, call: NetworkCall) -> Reply:
-        """Runs a call here. Raises QueueFull, ModelNotFound, UnusableModel, NetworkNotHeld or InvalidCall."""
+    async def serve(self, call: NetworkCall, deadline_s: float) -> Reply:
+        """Runs a call here. `deadline_s` is on the clock of `time.monotonic`.
+
+        Raises QueueFull, ModelNotFound, UnusableModel, NetworkNotHeld, InvalidCall or DeadlinePassed.
+        """
         async with self._replica.accepted():
-            part = await self._replica.part(call.model_id)
+            part = await self._held(call.model_id)
             outside = OutsideCall(
                 call.model_id, call.network, call.method, call.arguments.json, await self._bring(call.arguments)
             )
-            ticket = Ticket(request_id=call.request_id, alone=call.deterministic)
+            ticket = Ticket(request_id=call.request_id, alone=call.deterministic, deadline_s=deadline_s)
             return await self._replica.run(lambda: call_network(part, outside), ticket)
 
     async def _bring(self, tree: Tree) -> dict[str, torch.Tensor]:
@@ -63,8 +81,10 @@ class NetworkCalls:
         return asyncio.run_coroutine_threadsafe(self._send(stage, call), self._loop)
 
     async def _send(self, stage: str, call: OutsideCall) -> Reply:
-        """Tries replica after replica."""
+        """Tries replica after replica: those that are down, full, or slower than a call may take."""
         request = network_pb2.CallNetworkRequest(
+            request_id=call.request_id,
+            deterministic=call.alone,
             model_id=call.model_id,
             network=call.network,
             method=call.method,
@@ -72,7 +92,7 @@ class NetworkCalls:
             tensors=self.publish(call.tensors),
         )
         tried: list[str] = []
-        failure: Unavailable = StageUnavailable(stage, "none is up")
+        failure: Unavailable | Overloaded | DeadlinePassed = StageUnavailable(stage, "none is up")
         while True:
             members = {member.replica_id: member for member in self._view.members(stage)}
             chosen = choose_replica([self._load(member_id, call) for member_id in members], tried=tried)
@@ -80,9 +100,15 @@ class NetworkCalls:
                 raise failure
             tried.append(chosen.replica_id)
             self._sent_count[chosen.replica_id] = self._sent_count.get(chosen.replica_id, 0) + 1
+            left_s = call.deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise DeadlinePassed(stage)
             try:
-                return await self._ask(members[chosen.replica_id].address, stage, request)
-            except Unavailable as error:
+                return await self._ask(members[chosen.replica_id].address, stage, request, left_s)
+            except (Unavailable, DeadlinePassed) as error:
+                failure = error
+                self._suspect_until_s[chosen.replica_id] = time.monotonic() + _SUSPECT_S
+            except Overloaded as error:
                 failure = error
             finally:
                 self._sent_count[chosen.replica_id] -= 1
@@ -92,13 +118,13 @@ class NetworkCalls:
             replica_id=replica_id,
             running_count=self._sent_count.get(replica_id, 0),
             holds_model=call.model_id in self._view.models_of(replica_id),
-            is_suspect=False,
+            is_suspect=self._suspect_until_s.get(replica_id, 0.0) > time.monotonic(),
         )
 
-    async def _ask(self, address: str, stage: str, request: network_pb2.CallNetworkRequest) -> Reply:
+    async def _ask(self, address: str, stage: str, request: network_pb2.CallNetworkRequest, left_s: float) -> Reply:
         stub = network_pb2_grpc.NetworkServiceStub(self._channels.to(address))
         try:
-            response = await stub.CallNetwork(request, timeout=_CALL_TIMEOUT_S)
+            response = await stub.CallNetwork(request, timeout=min(left_s, _CALL_TIMEOUT_S))
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, stage) or error from error
         tree = parse_tree(request.network, response.answer_json, list(response.tensors))
@@ -115,9 +141,8 @@ class NetworkServicer(network_pb2_grpc.NetworkServiceServicer):
         self, request: network_pb2.CallNetworkRequest, context: grpc.aio.ServicerContext
     ) -> network_pb2.CallNetworkResponse:
         """Calls one network."""
-        del context
         start_s = time.monotonic()
-        reply = await self._calls.serve(parse_call(request))
+        reply = await self._calls.serve(parse_call(request), start_s + time_left_s(context))
         return network_pb2.CallNetworkResponse(
             answer_json=tree_json(reply.answer),
             tensors=self._calls.publish(reply.tensors),

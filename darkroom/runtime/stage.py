@@ -1,6 +1,7 @@
 """What every stage process is made of besides its own service: model parts, tensor exchange, membership, the server."""
 
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from darkroom.v1 import network_pb2, network_pb2_grpc, stage_pb2, stage_pb2_grpc
 from darkroom.wire.times import duration
 
 _log = structlog.get_logger()
+_SWITCH_INTERVAL_S = 1e-4
+"""How long one thread may keep others from Python: a LoRA or model being read beside them costs steps least so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,8 @@ class StageConfig:
     """Requests on the device at once; others wait, and urgent ones push out those with time to spare."""
     max_batch_rows: int = 32
     """Rows of the largest batch. Past 16 a small UNet's step grows linearly on the CPUs measured."""
+    lora_bytes: int = 2 << 30
+    """Bytes of the LoRAs of one model that are held at once."""
     shelf_bytes: int = 256 << 20
     """Bytes of tensors held for other stages."""
     inline_limit_bytes: int = 1 << 20
@@ -78,6 +83,7 @@ class StageProcess:
     def __init__(self, stage: str, config: StageConfig) -> None:
         """Builds everything and connects to nothing yet."""
         self.config = config
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         replica_id = f"{stage}-{secrets.token_hex(4)}"
         configure_logs(stage, replica_id, level=config.log_level)
         self._registry = EtcdRegistry(config.etcd)
@@ -102,6 +108,7 @@ class StageProcess:
             max_batch_rows=config.max_batch_rows,
             thread_count=config.threads,
             slot_count=config.slots,
+            max_lora_bytes=config.lora_bytes,
         )
         member = Member(replica_id=replica_id, stage=stage, address=self.shelf.address, device=config.device)
         self._registration = Registration(self._registry, member)

@@ -22,21 +22,22 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from darkroom.v1 import lora_pb2 as darkroom_dot_v1_dot_lora__pb2
 from darkroom.v1 import tensor_pb2 as darkroom_dot_v1_dot_tensor__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x61rkroom/v1/encoder.proto\x12\x0b\x64\x61rkroom.v1\x1a\x18\x64\x61rkroom/v1/tensor.proto\x1a\x1egoogle/protobuf/duration.proto\"\x85\x01\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\x0e\n\x06guided\x18\x05 \x01(\x08\x12\x15\n\rdeterministic\x18\x06 \x01(\x08\"\x7f\n\x0e\x45ncodeResponse\x12,\n\nembeddings\x18\x01 \x03(\x0b\x32\x18.darkroom.v1.NamedTensor\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12/\n\x0crun_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration2S\n\x0e\x45ncoderService\x12\x41\n\x06\x45ncode\x12\x1a.darkroom.v1.EncodeRequest\x1a\x1b.darkroom.v1.EncodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x61rkroom/v1/encoder.proto\x12\x0b\x64\x61rkroom.v1\x1a\x16\x64\x61rkroom/v1/lora.proto\x1a\x18\x64\x61rkroom/v1/tensor.proto\x1a\x1egoogle/protobuf/duration.proto\"\xa7\x01\n\rEncodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\x0e\n\x06guided\x18\x05 \x01(\x08\x12\x15\n\rdeterministic\x18\x06 \x01(\x08\x12 \n\x05loras\x18\x07 \x03(\x0b\x32\x11.darkroom.v1.Lora\"\x7f\n\x0e\x45ncodeResponse\x12,\n\nembeddings\x18\x01 \x03(\x0b\x32\x18.darkroom.v1.NamedTensor\x12\x0e\n\x06\x63\x61\x63hed\x18\x02 \x01(\x08\x12/\n\x0crun_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration2S\n\x0e\x45ncoderService\x12\x41\n\x06\x45ncode\x12\x1a.darkroom.v1.EncodeRequest\x1a\x1b.darkroom.v1.EncodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'darkroom.v1.encoder_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODEREQUEST']._serialized_start=101
-  _globals['_ENCODEREQUEST']._serialized_end=234
-  _globals['_ENCODERESPONSE']._serialized_start=236
-  _globals['_ENCODERESPONSE']._serialized_end=363
-  _globals['_ENCODERSERVICE']._serialized_start=365
-  _globals['_ENCODERSERVICE']._serialized_end=448
+  _globals['_ENCODEREQUEST']._serialized_start=125
+  _globals['_ENCODEREQUEST']._serialized_end=292
+  _globals['_ENCODERESPONSE']._serialized_start=294
+  _globals['_ENCODERESPONSE']._serialized_end=421
+  _globals['_ENCODERSERVICE']._serialized_start=423
+  _globals['_ENCODERSERVICE']._serialized_end=506
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from darkroom.v1 import lora_pb2 as _lora_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -39,19 +40,21 @@ class Edge(_message.Message):
     def __init__(self, from_node: _Optional[str] = ..., from_port: _Optional[str] = ..., to_node: _Optional[str] = ..., to_port: _Optional[str] = ...) -> None: ...
 
 class EncodeText(_message.Message):
-    __slots__ = ("model_id", "prompt", "negative_prompt", "guided")
+    __slots__ = ("model_id", "prompt", "negative_prompt", "guided", "loras")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     GUIDED_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     prompt: str
     negative_prompt: str
     guided: bool
-    def __init__(self, model_id: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., guided: _Optional[bool] = ...) -> None: ...
+    loras: _containers.RepeatedCompositeFieldContainer[_lora_pb2.Lora]
+    def __init__(self, model_id: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., guided: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ...) -> None: ...
 
 class Denoise(_message.Message):
-    __slots__ = ("model_id", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler")
+    __slots__ = ("model_id", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "loras", "step_cache_threshold", "preview_interval", "frame_count")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     WIDTH_PX_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_PX_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +63,10 @@ class Denoise(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     IMAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
     SCHEDULER_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
+    STEP_CACHE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    FRAME_COUNT_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     width_px: int
     height_px: int
@@ -68,7 +75,11 @@ class Denoise(_message.Message):
     seed: int
     image_count: int
     scheduler: str
-    def __init__(self, model_id: _Optional[str] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ...) -> None: ...
+    loras: _containers.RepeatedCompositeFieldContainer[_lora_pb2.Lora]
+    step_cache_threshold: float
+    preview_interval: int
+    frame_count: int
+    def __init__(self, model_id: _Optional[str] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., step_cache_threshold: _Optional[float] = ..., preview_interval: _Optional[int] = ..., frame_count: _Optional[int] = ...) -> None: ...
 
 class Decode(_message.Message):
     __slots__ = ("model_id", "parameters")

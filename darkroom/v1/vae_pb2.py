@@ -26,7 +26,7 @@ from darkroom.v1 import tensor_pb2 as darkroom_dot_v1_dot_tensor__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64\x61rkroom/v1/vae.proto\x12\x0b\x64\x61rkroom.v1\x1a\x18\x64\x61rkroom/v1/tensor.proto\x1a\x1egoogle/protobuf/duration.proto\"d\n\x05Image\x12(\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08width_px\x18\x03 \x01(\x05\x12\x11\n\theight_px\x18\x04 \x01(\x05\"\xb4\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12$\n\x07latents\x18\x03 \x01(\x0b\x32\x13.darkroom.v1.Tensor\x12\x10\n\x08width_px\x18\x04 \x01(\x05\x12\x11\n\theight_px\x18\x05 \x01(\x05\x12(\n\x06\x66ormat\x18\x06 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12>\n\nparameters\x18\x07 \x03(\x0b\x32*.darkroom.v1.DecodeRequest.ParametersEntry\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"e\n\x0e\x44\x65\x63odeResponse\x12\"\n\x06images\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Image\x12/\n\x0crun_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*A\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x32O\n\nVaeService\x12\x41\n\x06\x44\x65\x63ode\x12\x1a.darkroom.v1.DecodeRequest\x1a\x1b.darkroom.v1.DecodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x64\x61rkroom/v1/vae.proto\x12\x0b\x64\x61rkroom.v1\x1a\x18\x64\x61rkroom/v1/tensor.proto\x1a\x1egoogle/protobuf/duration.proto\"d\n\x05Image\x12(\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x10\n\x08width_px\x18\x03 \x01(\x05\x12\x11\n\theight_px\x18\x04 \x01(\x05\"\xb4\x02\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12$\n\x07latents\x18\x03 \x01(\x0b\x32\x13.darkroom.v1.Tensor\x12\x10\n\x08width_px\x18\x04 \x01(\x05\x12\x11\n\theight_px\x18\x05 \x01(\x05\x12(\n\x06\x66ormat\x18\x06 \x01(\x0e\x32\x18.darkroom.v1.ImageFormat\x12>\n\nparameters\x18\x07 \x03(\x0b\x32*.darkroom.v1.DecodeRequest.ParametersEntry\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"e\n\x0e\x44\x65\x63odeResponse\x12\"\n\x06images\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Image\x12/\n\x0crun_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*X\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_JPEG\x10\x02\x32O\n\nVaeService\x12\x41\n\x06\x44\x65\x63ode\x12\x1a.darkroom.v1.DecodeRequest\x1a\x1b.darkroom.v1.DecodeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST_PARAMETERSENTRY']._loaded_options = None
   _globals['_DECODEREQUEST_PARAMETERSENTRY']._serialized_options = b'8\001'
   _globals['_IMAGEFORMAT']._serialized_start=612
-  _globals['_IMAGEFORMAT']._serialized_end=677
+  _globals['_IMAGEFORMAT']._serialized_end=700
   _globals['_IMAGE']._serialized_start=96
   _globals['_IMAGE']._serialized_end=196
   _globals['_DECODEREQUEST']._serialized_start=199
@@ -45,6 +45,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST_PARAMETERSENTRY']._serialized_end=507
   _globals['_DECODERESPONSE']._serialized_start=509
   _globals['_DECODERESPONSE']._serialized_end=610
-  _globals['_VAESERVICE']._serialized_start=679
-  _globals['_VAESERVICE']._serialized_end=758
+  _globals['_VAESERVICE']._serialized_start=702
+  _globals['_VAESERVICE']._serialized_end=781
 # @@protoc_insertion_point(module_scope)

@@ -14,6 +14,10 @@ MIN_SIZE_PX, MAX_SIZE_PX = 16, 2048
 MAX_PIXELS = 10 * 1024 * 1024
 """Of all images of a request together: as PNG, at worst, they fill the largest message."""
 MAX_SEED = (1 << 63) - 1
+MAX_LORAS = 8
+MAX_LORA_SCALE = 100.0
+MAX_FRAMES = 512
+MAX_PRIORITY = 100
 MAX_TENANT_CHARACTERS = 64
 MAX_NAME_CHARACTERS = 64
 MAX_PARAMETERS = 32
@@ -33,13 +37,13 @@ def check_request_id(value: str, field: str = "request_id") -> str:
     return value
 
 
-def check_model_id(value: str) -> str:
+def check_model_id(value: str, field: str = "model_id") -> str:
     """A well-formed model id; says nothing about whether the model exists."""
     if not value:
-        raise InvalidField("model_id", "must not be empty")
+        raise InvalidField(field, "must not be empty")
     if not _MODEL_ID.fullmatch(value) or ".." in value:
         raise InvalidField(
-            "model_id", "must be 1 to 64 characters of a-z 0-9 . _ -, start with a letter or digit, and hold no '..'"
+            field, "must be 1 to 64 characters of a-z 0-9 . _ -, start with a letter or digit, and hold no '..'"
         )
     return value
 
@@ -76,6 +80,11 @@ def check_range(field: str, value: int, least: int, most: int) -> int:
     return value
 
 
+def check_priority(value: int) -> int:
+    """A class; the higher goes first."""
+    return check_range("priority", value, -MAX_PRIORITY, MAX_PRIORITY)
+
+
 def check_tenant(value: str) -> str:
     """A tenant's name; empty means nobody in particular."""
     if len(value) > MAX_TENANT_CHARACTERS or not value.isprintable():
@@ -104,6 +113,20 @@ def check_guidance_scale(value: float) -> float:
     """A finite guidance scale."""
     if not math.isfinite(value) or not 0 <= value <= MAX_GUIDANCE_SCALE:
         raise InvalidField("guidance_scale", f"must be 0 to {MAX_GUIDANCE_SCALE:g}, not {value}")
+    return value
+
+
+def check_lora_scale(value: float, field: str) -> float:
+    """A finite factor."""
+    if not math.isfinite(value) or abs(value) > MAX_LORA_SCALE:
+        raise InvalidField(field, f"must be {-MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}, not {value}")
+    return value
+
+
+def check_step_cache_threshold(value: float) -> float:
+    """A share; 0 means no step cache."""
+    if not math.isfinite(value) or not 0 <= value <= 1:
+        raise InvalidField("step_cache_threshold", f"must be 0 to 1, not {value}")
     return value
 
 

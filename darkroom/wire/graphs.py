@@ -8,6 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from darkroom.errors import InvalidField, InvalidGraph
 from darkroom.v1 import graph_pb2
 from darkroom.wire import fields
+from darkroom.wire.tasks import LoraUse, parse_loras
 
 MAX_NODES = 64
 _NODE_ID = re.compile(r"[a-z0-9_-]{1,64}")
@@ -21,6 +22,7 @@ class EncodeTextWork:
     prompt: str
     negative_prompt: str
     guided: bool
+    loras: tuple[LoraUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +37,10 @@ class DenoiseWork:
     seed: int
     image_count: int
     scheduler: str
+    loras: tuple[LoraUse, ...] = ()
+    step_cache_threshold: float = 0.0
+    preview_interval: int = 0
+    frame_count: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +152,7 @@ def _parse_encode_text(message: graph_pb2.EncodeText) -> EncodeTextWork:
         prompt=fields.check_prompt(message.prompt),
         negative_prompt=fields.check_negative_prompt(message.negative_prompt),
         guided=message.guided,
+        loras=parse_loras(message.loras),
     )
 
 
@@ -161,6 +168,10 @@ def _parse_denoise(message: graph_pb2.Denoise) -> DenoiseWork:
         seed=fields.check_seed(message.seed, image_count),
         image_count=image_count,
         scheduler=message.scheduler,
+        loras=parse_loras(message.loras),
+        step_cache_threshold=fields.check_step_cache_threshold(message.step_cache_threshold),
+        preview_interval=fields.check_range("preview_interval", message.preview_interval, 0, fields.MAX_STEPS),
+        frame_count=fields.check_range("frame_count", message.frame_count, 0, fields.MAX_FRAMES),
     )
 
 

@@ -16,6 +16,7 @@ _CODES: dict[type[errors.DarkroomError], int] = {
     errors.InvalidRequest: code_pb2.INVALID_ARGUMENT,
     errors.NotFound: code_pb2.NOT_FOUND,
     errors.UnusableModel: code_pb2.FAILED_PRECONDITION,
+    errors.UnusableLora: code_pb2.FAILED_PRECONDITION,
     errors.UnusableCheckpoint: code_pb2.FAILED_PRECONDITION,
     errors.StaleEpoch: code_pb2.FAILED_PRECONDITION,
     errors.DigestMismatch: code_pb2.DATA_LOSS,

@@ -1,11 +1,12 @@
 """What a stage is asked to do, as checked values: the requests of the three stage services without protobuf."""
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from darkroom.errors import InvalidField, InvalidTensor
 from darkroom.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
-from darkroom.v1 import denoiser_pb2, encoder_pb2, tensor_pb2, vae_pb2
+from darkroom.v1 import denoiser_pb2, encoder_pb2, lora_pb2, tensor_pb2, vae_pb2
 from darkroom.wire import fields
 from darkroom.wire.checkpoints import Checkpoint, parse_checkpoint
 from darkroom.wire.tensors import RawTensor, RemoteTensor, digest_of, parse_tensor
@@ -13,8 +14,16 @@ from darkroom.wire.tensors import RawTensor, RemoteTensor, digest_of, parse_tens
 _ALL_SCHEDULERS = (*DIFFUSION_SCHEDULERS, *FLOW_SCHEDULERS)
 _MAX_EMBEDDINGS = 16
 _MAX_SOLVER_STEPS = 2 * fields.MAX_STEPS  # solvers of second order take two for each that is asked for
-_MAX_PRIORITY = 100
 _MAX_EPOCH = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoraUse:
+    """A LoRA as a request asks for it."""
+
+    lora_id: str
+    scale: float
+    """Factor of what it adds; 1 is as trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +36,7 @@ class EncodeTask:
     negative_prompt: str
     guided: bool
     deterministic: bool
+    loras: tuple[LoraUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +62,10 @@ class DenoiseTask:
     epoch: int = 0
     priority: int = 0
     tenant: str = ""
+    loras: tuple[LoraUse, ...] = ()
+    step_cache_threshold: float = 0.0
+    preview_interval: int = 0
+    frame_count: int = 0
 
     @property
     def digest(self) -> str:
@@ -59,8 +73,10 @@ class DenoiseTask:
         content = [
             self.model_id,
             sorted(self.embeddings),
-            [self.width_px, self.height_px, self.image_count],
+            [self.width_px, self.height_px, self.image_count, self.frame_count],
             [self.step_count, self.to_step, self.scheduler, self.guidance_scale, self.seed],
+            [[use.lora_id, use.scale] for use in self.loras],
+            self.step_cache_threshold,
         ]
         return digest_of(json.dumps(content).encode())
 
@@ -87,6 +103,7 @@ def parse_encode(message: encoder_pb2.EncodeRequest) -> EncodeTask:
         negative_prompt=fields.check_negative_prompt(message.negative_prompt),
         guided=message.guided,
         deterministic=message.deterministic,
+        loras=parse_loras(message.loras),
     )
 
 
@@ -113,9 +130,32 @@ def parse_denoise(message: denoiser_pb2.DenoiseRequest) -> DenoiseTask:
         to_step=_parse_to_step(message),
         run_id=fields.check_request_id(message.run_id, "run_id") if message.run_id else "",
         epoch=fields.check_range("epoch", message.epoch, 0, _MAX_EPOCH),
-        priority=fields.check_range("priority", message.priority, -_MAX_PRIORITY, _MAX_PRIORITY),
+        priority=fields.check_priority(message.priority),
         tenant=fields.check_tenant(message.tenant),
+        loras=parse_loras(message.loras),
+        step_cache_threshold=fields.check_step_cache_threshold(message.step_cache_threshold),
+        preview_interval=fields.check_range("preview_interval", message.preview_interval, 0, fields.MAX_STEPS),
+        frame_count=fields.check_range("frame_count", message.frame_count, 0, fields.MAX_FRAMES),
     )
+
+
+def parse_loras(
+    messages: Iterable[lora_pb2.Lora], default_scale: Callable[[str], float] = lambda _: 1.0
+) -> tuple[LoraUse, ...]:
+    """LoRAs as a request gives them; `default_scale` is asked for what says none. Raises InvalidField."""
+    uses = []
+    for position, message in enumerate(messages):
+        field = f"loras[{position}]"
+        if position >= fields.MAX_LORAS:
+            raise InvalidField("loras", f"must be at most {fields.MAX_LORAS}")
+        scale = message.scale if message.HasField("scale") else default_scale(message.lora_id)
+        uses.append(
+            LoraUse(
+                fields.check_model_id(message.lora_id, f"{field}.lora_id"),
+                fields.check_lora_scale(scale, f"{field}.scale"),
+            )
+        )
+    return tuple(uses)
 
 
 def _parse_from_step(message: denoiser_pb2.DenoiseRequest) -> int:
@@ -131,6 +171,11 @@ def _parse_to_step(message: denoiser_pb2.DenoiseRequest) -> int | None:
     if to_step and to_step <= done:
         raise InvalidField("to_step", f"must be past the checkpoint's step, {done}, not {to_step}")
     return to_step or None
+
+
+def lora_messages(uses: Iterable[LoraUse]) -> list[lora_pb2.Lora]:
+    """LoRAs as they travel."""
+    return [lora_pb2.Lora(lora_id=use.lora_id, scale=use.scale) for use in uses]
 
 
 def parse_decode(message: vae_pb2.DecodeRequest) -> DecodeTask:

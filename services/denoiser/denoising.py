@@ -8,8 +8,8 @@ from functools import partial
 from darkroom.errors import Moved, StaleEpoch
 from darkroom.models import checks
 from darkroom.models.checkpoints import to_checkpoint, to_snapshot
-from darkroom.models.denoising import denoise
-from darkroom.models.journal import Journal, Snapshot, StepDone
+from darkroom.models.denoising import denoise, preview_of
+from darkroom.models.journal import Journal, StepDone
 from darkroom.models.loader import Part
 from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
@@ -30,6 +30,8 @@ class Step:
     step: int
     step_count: int
     checkpoint: Checkpoint | None
+    previews: tuple[bytes, ...] = ()
+    """JPEG files, one per image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Denoised:
     forward_count: int
     batched_forward_count: int
     pushed_out_count: int
+    cached_forward_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ class Denoising:
         """Steps as they are done, then the result. Closing the iterator ends the program within one step.
 
         `deadline_s` is on the clock of `time.monotonic`. Raises InvalidTensor, InvalidCheckpoint, UnknownHolder,
-        TensorNotFound, DigestMismatch, QueueFull, ModelNotFound, UnusableModel, UnusableCheckpoint, StaleEpoch,
-        DeadlinePassed, Moved or Stalled.
+        TensorNotFound, DigestMismatch, QueueFull, ModelNotFound, UnusableModel, LoraNotFound, UnusableLora,
+        UnusableCheckpoint, StaleEpoch, DeadlinePassed, Moved or Stalled.
         """
         events: asyncio.Queue[Step | None] = asyncio.Queue()
         work = asyncio.create_task(self._run(task, deadline_s, events))
@@ -98,31 +101,39 @@ class Denoising:
             loop = asyncio.get_running_loop()
             sent_step = 0
 
-            def send(snapshot: Snapshot) -> None:
+            def send(done: StepDone) -> None:
                 nonlocal sent_step
-                sent_step = snapshot.step
-                events.put_nowait(Step(snapshot.step, snapshot.step_count, to_checkpoint(snapshot, task, part.device)))
+                checkpoint = None
+                if done.snapshot:
+                    sent_step = done.step
+                    checkpoint = to_checkpoint(done.snapshot, task, part.device)
+                events.put_nowait(Step(done.step, done.step_count, checkpoint, done.previews))
 
             def on_step(done: StepDone) -> None:
-                if done.snapshot:
-                    loop.call_soon_threadsafe(send, done.snapshot)
-                else:
-                    loop.call_soon_threadsafe(events.put_nowait, Step(done.step, done.step_count, None))
+                loop.call_soon_threadsafe(send, done)
 
             journal.on_step = on_step
-            program = partial(denoise, part, task, embeddings, journal)
-            work = asyncio.create_task(self._replica.run(program, journal.ticket))
-            try:
-                with self._attempts.running(task.run_id, task.epoch, work):
-                    latents = await work
-            except Moved:
-                if journal.start is not None and journal.start.step > sent_step:
-                    send(journal.start)
-                raise
-            finally:
-                work.cancel()
+            async with self._replica.adapted(part, task.loras) as stand_ins:
+                program = partial(denoise, part, task, embeddings, journal, stand_ins)
+                work = asyncio.create_task(self._replica.run(program, journal.ticket))
+                try:
+                    with self._attempts.running(task.run_id, task.epoch, work):
+                        latents = await work
+                except Moved:
+                    kept = journal.start
+                    if kept is not None and kept.step > sent_step:
+                        send(StepDone(kept.step, kept.step_count, kept, ()))
+                    raise
+                finally:
+                    work.cancel()
             ticket = journal.ticket
-            return Denoised(to_raw(latents), ticket.forwards, ticket.batched, ticket.pushed_out)
+            return Denoised(
+                latents=to_raw(latents),
+                forward_count=ticket.forwards,
+                batched_forward_count=ticket.batched,
+                pushed_out_count=ticket.pushed_out,
+                cached_forward_count=journal.cached_forwards,
+            )
 
 
 def _journal(task: DenoiseTask, part: Part, deadline_s: float) -> Journal:
@@ -146,4 +157,7 @@ def _journal(task: DenoiseTask, part: Part, deadline_s: float) -> Journal:
         start=start,
         takes_latents_only=task.from_step > 0,
         to_step=task.to_step,
+        cache_threshold=task.step_cache_threshold,
+        preview=preview_of(part, task),
+        preview_interval=task.preview_interval,
     )

@@ -8,7 +8,7 @@ import grpc
 
 from darkroom.runtime.exchange import TensorShelf
 from darkroom.runtime.server import time_left_s
-from darkroom.v1 import denoiser_pb2, denoiser_pb2_grpc
+from darkroom.v1 import denoiser_pb2, denoiser_pb2_grpc, vae_pb2
 from darkroom.wire.checkpoints import checkpoint_message
 from darkroom.wire.tasks import parse_denoise
 from darkroom.wire.times import duration
@@ -38,7 +38,12 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
             checkpoint = checkpoint_message(event.checkpoint) if event.checkpoint else None
             return denoiser_pb2.DenoiseResponse(
                 progress=denoiser_pb2.DenoiseProgress(
-                    step=event.step, step_count=event.step_count, checkpoint=checkpoint
+                    step=event.step,
+                    step_count=event.step_count,
+                    checkpoint=checkpoint,
+                    previews=[
+                        vae_pb2.Image(format=vae_pb2.IMAGE_FORMAT_JPEG, data=preview) for preview in event.previews
+                    ],
                 )
             )
         return denoiser_pb2.DenoiseResponse(
@@ -48,5 +53,6 @@ class DenoiserServicer(denoiser_pb2_grpc.DenoiserServiceServicer):
                 forward_count=event.forward_count,
                 batched_forward_count=event.batched_forward_count,
                 pushed_out_count=event.pushed_out_count,
+                cached_forward_count=event.cached_forward_count,
             )
         )

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from typing import NamedTuple
 
+from darkroom.wire.tasks import LoraUse
 from darkroom.wire.tensors import RawTensor
 
 Embeddings = dict[str, RawTensor]
@@ -16,6 +17,7 @@ class CacheKey(NamedTuple):
     negative_prompt: str
     guided: bool
     deterministic: bool
+    loras: tuple[LoraUse, ...] = ()
 
 
 class EmbeddingCache:

@@ -2,6 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 
 from darkroom.models import programs
 from darkroom.models.program import Ticket
@@ -29,9 +30,11 @@ class Encoding:
         self._callers: dict[CacheKey, int] = {}
 
     async def encode(self, task: EncodeTask) -> Encoded:
-        """The prompt's embeddings. Raises QueueFull, ModelNotFound or UnusableModel."""
+        """The prompt's embeddings. Raises QueueFull, ModelNotFound, UnusableModel, LoraNotFound or UnusableLora."""
         async with self._replica.accepted():
-            key = CacheKey(task.model_id, task.prompt, task.negative_prompt, task.guided, task.deterministic)
+            key = CacheKey(
+                task.model_id, task.prompt, task.negative_prompt, task.guided, task.deterministic, task.loras
+            )
             kept = self._cache.get(key)
             if kept is not None:
                 return Encoded(kept, cached=True)
@@ -56,7 +59,8 @@ class Encoding:
     async def _encode(self, key: CacheKey, task: EncodeTask) -> Embeddings:
         part = await self._replica.part(task.model_id)
         ticket = Ticket(request_id=task.request_id, alone=task.deterministic)
-        answer = await self._replica.run(lambda: programs.encode(part, task), ticket)
+        async with self._replica.adapted(part, task.loras) as stand_ins:
+            answer = await self._replica.run(partial(programs.encode, part, task, stand_ins), ticket)
         embeddings = {name: to_raw(value) for name, value in answer.items()}
         self._cache.put(key, embeddings)
         return embeddings

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NewType, TypeVar
 
 from darkroom.errors import StageUnavailable
+from services.router.values import StepDone
 
 T = TypeVar("T")
-StepCallback = Callable[[int, int], None]
 CheckpointMessage = NewType("CheckpointMessage", Any)  # type: ignore[valid-newtype]
 """A stage's checkpoint as it came: the router only passes it on."""
 
@@ -20,7 +20,7 @@ _LOOK_INTERVAL_S = 0.25
 class Attempts:
     """The attempts at one node so far."""
 
-    on_step: StepCallback
+    on_step: Callable[[StepDone], None]
     run_id: str = field(default_factory=lambda: secrets.token_hex(8))
     epoch: int = 0
     tried: list[str] = field(default_factory=list)
@@ -45,11 +45,11 @@ class Attempts:
         self.is_streaming = True
         self.heard_s = asyncio.get_running_loop().time()
 
-    def step(self, step: int, step_count: int, checkpoint: CheckpointMessage | None) -> None:
+    def step(self, done: StepDone, checkpoint: CheckpointMessage | None) -> None:
         """The running attempt has done a step."""
         if checkpoint is not None:
             self.checkpoint, self._progressed = checkpoint, True
-        self.on_step(step, step_count)
+        self.on_step(done)
 
     def forget_checkpoint(self) -> None:
         """The next attempt starts from the beginning, on any replica."""

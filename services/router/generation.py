@@ -1,14 +1,16 @@
 """From a prompt to the txt2img graph: the model's defaults filled in, everything checked against the catalogue."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from darkroom import __version__
-from darkroom.errors import InvalidField, InvalidGraph, ModelNotFound, RegistryUnavailable
+from darkroom.errors import InvalidField, InvalidGraph, LoraNotFound, ModelNotFound, RegistryUnavailable
 from darkroom.registry.catalogue import ModelEntry
 from darkroom.registry.membership import ClusterView
 from darkroom.wire import fields
 from darkroom.wire.graphs import DecodeWork, DenoiseWork, EncodeTextWork, Graph, make_graph
+from darkroom.wire.tasks import LoraUse
 
 _MAX_RANDOM_SEED = 1 << 32
 
@@ -27,6 +29,10 @@ class Prompted:
     seed: int | None
     image_count: int
     scheduler: str
+    loras: tuple[LoraUse, ...] = ()
+    step_cache_threshold: float = 0.0
+    preview_interval: int = 0
+    frame_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +60,19 @@ def plan_generation(request: Prompted, view: ClusterView) -> Plan:
         seed=seed,
         image_count=request.image_count,
         scheduler=request.scheduler,
+        loras=request.loras,
+        step_cache_threshold=request.step_cache_threshold,
+        preview_interval=request.preview_interval,
+        frame_count=request.frame_count,
     )
     _check_denoise(denoise, entry)
+    _check_loras(request.loras, request.model_id, view)
     encode = EncodeTextWork(
-        model_id=request.model_id, prompt=request.prompt, negative_prompt=request.negative_prompt, guided=scale > 1
+        model_id=request.model_id,
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        guided=entry.is_guided(scale),
+        loras=tuple(use for use in request.loras if _changes_encoder(use, view)),
     )
     decode = DecodeWork(model_id=request.model_id, parameters=_parameters(request, denoise, entry))
     graph = make_graph(
@@ -74,9 +89,11 @@ def check_against_catalogue(graph: Graph, view: ClusterView) -> None:
     """Raises ModelNotFound or InvalidGraph unless every node's model exists and can do what the node asks."""
     for node in graph.nodes:
         entry = _entry(node.work.model_id, view)
-        if isinstance(node.work, DenoiseWork):
+        if isinstance(node.work, EncodeTextWork | DenoiseWork):
             try:
-                _check_denoise(node.work, entry)
+                _check_loras(node.work.loras, node.work.model_id, view)
+                if isinstance(node.work, DenoiseWork):
+                    _check_denoise(node.work, entry)
             except InvalidField as error:
                 raise InvalidGraph(node.node_id, f"has a wrong field: {error.message}") from error
 
@@ -88,6 +105,27 @@ def _entry(model_id: str, view: ClusterView) -> ModelEntry:
     if entry is None:
         raise ModelNotFound(model_id)
     return entry
+
+
+def lora_scale(lora_id: str, view: ClusterView) -> float:
+    """What the LoRA's owner says its scale should be."""
+    entry = view.lora(lora_id)
+    return 1.0 if entry is None else entry.default_scale
+
+
+def _check_loras(loras: Sequence[LoraUse], model_id: str, view: ClusterView) -> None:
+    """Raises LoraNotFound, or InvalidField for one that is made for another model."""
+    for position, use in enumerate(loras):
+        entry = view.lora(use.lora_id)
+        if entry is None:
+            raise LoraNotFound(f"loras[{position}].lora_id", use.lora_id)
+        if entry.base_model not in (None, model_id):
+            raise InvalidField(f"loras[{position}]", f"({use.lora_id}) is made for model {entry.base_model}")
+
+
+def _changes_encoder(use: LoraUse, view: ClusterView) -> bool:
+    entry = view.lora(use.lora_id)
+    return entry is not None and "encoder" in entry.stages
 
 
 def _check_denoise(work: DenoiseWork, entry: ModelEntry) -> None:
@@ -109,4 +147,6 @@ def _parameters(request: Prompted, work: DenoiseWork, entry: ModelEntry) -> dict
         "guidance_scale": f"{work.guidance_scale:g}",
         "scheduler": work.scheduler or own,
         "size": f"{work.width_px}x{work.height_px}",
+        **({"loras": ", ".join(f"{use.lora_id}:{use.scale:g}" for use in work.loras)} if work.loras else {}),
+        **({"step_cache": f"{work.step_cache_threshold:g}"} if work.step_cache_threshold else {}),
     }

@@ -44,6 +44,8 @@ class CallSettings:
     deterministic: bool
     deadline_s: float
     """On the event loop's clock."""
+    priority: int = 0
+    tenant: str = ""
 
     def timeout_s(self) -> float:
         """Seconds left."""
@@ -132,7 +134,7 @@ class GraphRunner:
         """Tries replica after replica; when an input is lost with the replica that held it, makes it again first."""
         loop = asyncio.get_running_loop()
         start_s = loop.time()
-        attempts = Attempts(lambda step, count: run.events.put_nowait(NodeProgress(node.node_id, step, count)))
+        attempts = Attempts(lambda done: run.events.put_nowait(NodeProgress(node.node_id, done)))
         failure: DarkroomError | None = None
         while True:
             member = await self._place(node, attempts.tried, failure)

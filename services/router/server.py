@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator
 
 import grpc
 
 from darkroom.registry.membership import ClusterView
+from darkroom.runtime.server import time_left_s
 from darkroom.v1 import router_pb2, router_pb2_grpc, vae_pb2
 from darkroom.wire import fields
 from darkroom.wire.graphs import parse_graph
+from darkroom.wire.tasks import parse_loras
 from darkroom.wire.times import duration
-from services.router.generation import Prompted, check_against_catalogue, plan_generation
+from services.router.generation import Prompted, check_against_catalogue, lora_scale, plan_generation
 from services.router.running import CallSettings, GraphRunner
 from services.router.values import Finished, ImageFile, Images, Latent, NodeProgress, NodeStarted, NodeTiming
 
@@ -29,8 +32,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         """Draws images from a prompt."""
-        settings = self._settings(request.request_id, request.deterministic, context)
-        plan = plan_generation(_prompted(request, self._default_model), self._view)
+        settings = self._settings(request, context)
+        plan = plan_generation(_prompted(request, self._default_model, self._view), self._view)
         async with contextlib.aclosing(self._runner.run(plan.graph, settings)) as events:
             async for event in events:
                 yield _generate_response(event, plan.seed)
@@ -39,23 +42,28 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.RunGraphRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[router_pb2.RunGraphResponse]:
         """Runs a client's graph."""
-        settings = self._settings(request.request_id, request.deterministic, context)
+        settings = self._settings(request, context)
         graph = parse_graph(request.graph)
         check_against_catalogue(graph, self._view)
         async with contextlib.aclosing(self._runner.run(graph, settings)) as events:
             async for event in events:
                 yield _run_graph_response(event)
 
-    def _settings(self, request_id: str, deterministic: bool, context: grpc.aio.ServicerContext) -> CallSettings:  # noqa: FBT001 - a field of the request
-        left_s: float | None = context.time_remaining()  # None without a deadline, whatever the stubs say
-        allowed_s = self._default_deadline_s if left_s is None else left_s
-        deadline_s = asyncio.get_running_loop().time() + allowed_s
+    def _settings(
+        self, request: router_pb2.GenerateRequest | router_pb2.RunGraphRequest, context: grpc.aio.ServicerContext
+    ) -> CallSettings:
+        left_s = time_left_s(context)
+        allowed_s = self._default_deadline_s if math.isinf(left_s) else left_s
         return CallSettings(
-            request_id=fields.check_request_id(request_id), deterministic=deterministic, deadline_s=deadline_s
+            request_id=fields.check_request_id(request.request_id),
+            deterministic=request.deterministic,
+            deadline_s=asyncio.get_running_loop().time() + allowed_s,
+            priority=fields.check_priority(request.priority),
+            tenant=fields.check_tenant(request.tenant),
         )
 
 
-def _prompted(message: router_pb2.GenerateRequest, default_model: str) -> Prompted:
+def _prompted(message: router_pb2.GenerateRequest, default_model: str, view: ClusterView) -> Prompted:
     image_count = fields.check_count(
         "image_count", message.image_count if message.HasField("image_count") else 1, fields.MAX_IMAGES
     )
@@ -74,6 +82,10 @@ def _prompted(message: router_pb2.GenerateRequest, default_model: str) -> Prompt
         seed=fields.check_seed(message.seed, image_count) if message.HasField("seed") else None,
         image_count=image_count,
         scheduler=message.scheduler,
+        loras=parse_loras(message.loras, lambda lora_id: lora_scale(lora_id, view)),
+        step_cache_threshold=fields.check_step_cache_threshold(message.step_cache_threshold),
+        preview_interval=fields.check_range("preview_interval", message.preview_interval, 0, fields.MAX_STEPS),
+        frame_count=fields.check_range("frame_count", message.frame_count, 0, fields.MAX_FRAMES),
     )
 
 
@@ -83,13 +95,14 @@ def _generate_response(event: NodeStarted | NodeProgress | Finished, seed: int) 
     if isinstance(event, NodeProgress):
         return router_pb2.GenerateResponse(node_progress=_progress(event))
     images = [_image(file) for value in event.values.values() if isinstance(value, Images) for file in value.files]
-    batched = sum(value.batched_forward_count for value in event.values.values() if isinstance(value, Latent))
+    latents = [value for value in event.values.values() if isinstance(value, Latent)]
     result = router_pb2.GenerateResult(
         images=images,
         seed=seed,
         timings=[_timing(t) for t in event.timings],
         total_duration=duration(event.total_s),
-        batched_forward_count=batched,
+        batched_forward_count=sum(latent.batched_forward_count for latent in latents),
+        cached_forward_count=sum(latent.cached_forward_count for latent in latents),
     )
     return router_pb2.GenerateResponse(result=result)
 
@@ -119,7 +132,10 @@ def _started(event: NodeStarted) -> router_pb2.NodeStarted:
 
 
 def _progress(event: NodeProgress) -> router_pb2.NodeProgress:
-    return router_pb2.NodeProgress(node_id=event.node_id, step=event.step, step_count=event.step_count)
+    previews = [vae_pb2.Image(format=vae_pb2.IMAGE_FORMAT_JPEG, data=preview) for preview in event.done.previews]
+    return router_pb2.NodeProgress(
+        node_id=event.node_id, step=event.done.step, step_count=event.done.step_count, previews=previews
+    )
 
 
 def _timing(timing: NodeTiming) -> router_pb2.NodeTiming:

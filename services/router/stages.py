@@ -16,11 +16,12 @@ from darkroom.v1 import (
 )
 from darkroom.wire.graphs import DecodeWork, DenoiseWork, EncodeTextWork, Node
 from darkroom.wire.status import from_rpc_error
+from darkroom.wire.tasks import lora_messages
 from darkroom.wire.tensors import parse_tensor, tensor_message
 from darkroom.wire.times import seconds
 from services.router.attempts import Attempts, CheckpointMessage
 from services.router.running import CallSettings
-from services.router.values import Answer, Embedding, ImageFile, Images, Latent, Value
+from services.router.values import Answer, Embedding, ImageFile, Images, Latent, StepDone, Value
 
 _CHECKPOINT_INTERVAL = 5
 """Steps that a dead denoiser may cost where a checkpoint is larger than 1 MiB; smaller ones come with every step."""
@@ -61,6 +62,7 @@ async def _encode(channel: grpc.aio.Channel, work: EncodeTextWork, settings: Cal
         negative_prompt=work.negative_prompt,
         guided=work.guided,
         deterministic=settings.deterministic,
+        loras=lora_messages(work.loras),
     )
     response = await encoder_pb2_grpc.EncoderServiceStub(channel).Encode(request, timeout=settings.timeout_s())
     tensors = {named.name: parse_tensor(named.name, named.tensor) for named in response.embeddings}
@@ -93,6 +95,12 @@ async def _denoise(
         checkpoint=attempts.checkpoint,
         run_id=attempts.run_id,
         epoch=attempts.epoch,
+        priority=settings.priority,
+        tenant=settings.tenant,
+        loras=lora_messages(work.loras),
+        step_cache_threshold=work.step_cache_threshold,
+        preview_interval=work.preview_interval,
+        frame_count=work.frame_count,
     )
     result = denoiser_pb2.DenoiseResult()
     async for event in denoiser_pb2_grpc.DenoiserServiceStub(channel).Denoise(request, timeout=settings.timeout_s()):
@@ -100,11 +108,16 @@ async def _denoise(
         if event.HasField("progress"):
             done = event.progress
             checkpoint = CheckpointMessage(done.checkpoint) if done.HasField("checkpoint") else None
-            attempts.step(done.step, done.step_count, checkpoint)
+            previews = tuple(preview.data for preview in done.previews)
+            attempts.step(StepDone(done.step, done.step_count, previews), checkpoint)
         elif event.HasField("result"):
             result = event.result
     latent = Latent(
-        parse_tensor("latents", result.latents), work.width_px, work.height_px, result.batched_forward_count
+        tensor=parse_tensor("latents", result.latents),
+        width_px=work.width_px,
+        height_px=work.height_px,
+        batched_forward_count=result.batched_forward_count,
+        cached_forward_count=result.cached_forward_count,
     )
     return Answer(latent, seconds(result.run_duration))
 

@@ -20,6 +20,7 @@ class Latent:
     width_px: int
     height_px: int
     batched_forward_count: int
+    cached_forward_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,21 @@ class NodeStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeProgress:
+class StepDone:
     """A denoising step is done."""
 
-    node_id: str
     step: int
     step_count: int
+    previews: tuple[bytes, ...]
+    """JPEG files, one per image, where they were due."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeProgress:
+    """A denoising step of a node is done."""
+
+    node_id: str
+    done: StepDone
 
 
 @dataclass(frozen=True, slots=True)

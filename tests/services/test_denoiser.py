@@ -1,6 +1,8 @@
 """The denoiser over gRPC: progress, results, refusals, and what becomes of a call that was left."""
 
 import asyncio
+import shutil
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,6 +12,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from darkroom.errors import InvalidTensor, QueueFull, UnknownHolder
+from darkroom.models.previews import PreviewMap, save_map
 from darkroom.models.tensors import to_raw, to_torch
 from darkroom.v1 import denoiser_pb2, denoiser_pb2_grpc, tensor_pb2
 from darkroom.wire.status import from_rpc_error
@@ -197,3 +200,63 @@ async def test_an_embedding_held_by_a_stranger_is_refused(neighbours: Neighbours
     error = await failure_of(start(denoiser, embeddings=[tensor_pb2.NamedTensor(name="prompt_embeds", tensor=ref)]))
     assert isinstance(from_rpc_error(error, "denoiser"), UnknownHolder)
     assert "169.254" not in str(error.details())
+
+
+async def test_a_step_cache_saves_forwards_and_is_resumed_with_the_same_decisions(neighbours: Neighbours) -> None:
+    denoiser = await neighbours.stage("denoiser")
+    changes = {"step_count": 25, "step_cache_threshold": 0.3, "deterministic": True}
+    made = {}
+    async for event in start(denoiser, checkpoint_interval=1, **changes):
+        if event.HasField("progress"):
+            made[event.progress.step] = event.progress.checkpoint
+    whole = event.result
+    assert whole.cached_forward_count >= 5
+    assert whole.forward_count + whole.cached_forward_count == 25
+    exact = await finish(start(denoiser, step_count=25, deterministic=True))
+    assert 0 < distance(latents(whole), latents(exact)) < 0.2
+    for step in (3, 9, 17):
+        rest = await finish(start(denoiser, checkpoint=made[step], **changes))
+        assert torch.equal(latents(rest), latents(whole))
+        assert rest.cached_forward_count == whole.cached_forward_count
+        assert rest.forward_count < whole.forward_count
+
+
+async def test_the_last_preview_is_the_picture_of_the_finished_latents(tiny_store: Path, tmp_path: Path) -> None:
+    """With a solver that ends without noise, as DDIM does."""
+    shutil.copytree(tiny_store / MODEL, tmp_path / MODEL)
+    noise = torch.Generator().manual_seed(5)
+    preview_map = PreviewMap(torch.randn(4, 3, generator=noise) / 8, torch.full((3,), 0.5))
+    save_map(preview_map, tmp_path / MODEL)
+    async with Neighbours(tmp_path) as neighbours:
+        denoiser = await neighbours.stage("denoiser")
+        previews = {}
+        async for event in start(denoiser, step_count=12, image_count=2, preview_interval=4):
+            if event.progress.previews:
+                previews[event.progress.step] = [preview.data for preview in event.progress.previews]
+        finished = latents(event.result)
+    assert sorted(previews) == [4, 8, 12]
+    assert previews[12] == preview_map.draw(finished)
+    assert len(previews[4]) == 2
+    assert previews[4] != previews[8]
+
+
+async def test_no_preview_comes_of_a_model_without_a_map(neighbours: Neighbours) -> None:
+    denoiser = await neighbours.stage("denoiser")
+    async for event in start(denoiser, preview_interval=1):
+        assert not event.progress.previews
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step_cache_threshold", 1.5),
+        ("step_cache_threshold", float("nan")),
+        ("preview_interval", -1),
+        ("frame_count", -1),
+    ],
+)
+async def test_settings_out_of_range_are_refused_by_field(neighbours: Neighbours, field: str, value: object) -> None:
+    denoiser = await neighbours.stage("denoiser")
+    error = await failure_of(start(denoiser, **{field: value}))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(error.details()).startswith(f"{field} ")

@@ -1,6 +1,7 @@
 """Tiny image pipelines that predict noise, with a scheduler of betas."""
 
 from diffusers import (
+    ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -13,7 +14,9 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -49,6 +52,44 @@ def stable_diffusion() -> DiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def stable_diffusion_inpaint() -> DiffusionPipeline:
+    """SD 1.x made for inpainting: its UNet sees the mask and what is outside of it."""
+    whole = stable_diffusion()
+    return StableDiffusionInpaintPipeline(
+        **{**whole.components, "unet": _unet(in_channels=9)}, requires_safety_checker=False
+    )
+
+
+def stable_diffusion_xl_refiner() -> DiffusionPipeline:
+    """SDXL's refiner: the second of its text encoders, an aesthetic score."""
+    base = stable_diffusion_xl()
+    unet = _unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=5 * 8 + TEXT_WIDTH,
+        use_linear_projection=True,
+    )
+    own = {"unet": unet, "text_encoder": None, "tokenizer": None}
+    return StableDiffusionXLImg2ImgPipeline(**{**base.components, **own}, requires_aesthetics_score=True)
+
+
+def controlnet(**options: object) -> ControlNetModel:
+    """Leads `stable_diffusion`."""
+    network = ControlNetModel.from_unet(_unet(**options), conditioning_embedding_out_channels=(8, 16))
+    return awake(network)
+
+
+def controlnet_xl() -> ControlNetModel:
+    """Leads `stable_diffusion_xl`."""
+    return controlnet(
+        cross_attention_dim=2 * TEXT_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+        use_linear_projection=True,
     )
 
 

@@ -13,10 +13,12 @@ from diffusers import (
     CogView4Transformer2DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
+    QwenImageControlNetModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -87,6 +89,23 @@ def flux() -> DiffusionPipeline:
     )
 
 
+def flux_controlnet() -> FluxControlNetModel:
+    """Leads `flux`."""
+    network = FluxControlNetModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    return awake(network)
+
+
 def chroma() -> DiffusionPipeline:
     """Chroma: Flux without the pooled embedding, guided by a negative, text tokens masked."""
     tokenizer, text_encoder = t5()
@@ -143,6 +162,21 @@ def qwen_image() -> DiffusionPipeline:
         tokenizer=tokenizer,
         transformer=awake(transformer),
     )
+
+
+def qwen_image_controlnet() -> QwenImageControlNetModel:
+    """Leads `qwen_image`."""
+    network = QwenImageControlNetModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return awake(network)
 
 
 def sana() -> DiffusionPipeline:

@@ -1,0 +1,261 @@
+"""Reads one LoRA for a loaded part: which modules it changes, and by which low-rank product.
+
+The rule: every name must be that of a module that fits, and what cannot be applied is refused, never left out. The
+formats (diffusers' own, PEFT's, kohya's and others) are converted by diffusers; how strong a product is applied follows
+it and PEFT exactly, so that images are the same.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+    get_peft_kwargs,
+)
+
+from darkroom.models.loader import Part
+from darkroom.models.lora_file import Refused, Tensors, Unfit, check_base, read_tensors, weights_file
+
+_DOWN, _UP, _UP_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+_NETWORK = re.compile(r"[a-z0-9_]{1,64}")
+_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delta:
+    """What a LoRA adds to one layer: `up(down(x)) * scaling(scale)`."""
+
+    down: torch.Tensor
+    """[rank, in] or, for a convolution, [rank, in, *kernel]."""
+    up: torch.Tensor
+    """[out, rank] or [out, rank / groups, 1, 1]."""
+    up_bias: torch.Tensor | None
+    """[out]."""
+    alpha: float
+    divisor: float
+    """The rank, or its square root (rank-stabilised LoRA, arXiv:2312.03732)."""
+
+    def scaling(self, scale: float) -> float:
+        """The factor for a request's scale, in the order of operations that PEFT has."""
+        return scale * self.alpha / self.divisor
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory held."""
+        held = (self.down, self.up) if self.up_bias is None else (self.down, self.up, self.up_bias)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lora:
+    """A LoRA as loaded for one part."""
+
+    lora_id: str
+    networks: Mapping[str, Mapping[str, Delta]]
+    """Deltas by the network's name, then the module's; only networks that this part holds."""
+    elsewhere: frozenset[str]
+    """Networks that it changes too, but which another stage holds."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory held."""
+        return sum(delta.size_bytes for deltas in self.networks.values() for delta in deltas.values())
+
+
+def read_lora(part: Part, root: Path, lora_id: str, *, max_bytes: int) -> Lora:
+    """Reads the LoRA `root/lora_id`. Raises FileNotFoundError if the store has none, Refused, or Unfit.
+
+    `max_bytes`: largest file that is read.
+    """
+    path = weights_file(root, lora_id)
+    check_base(path.parent, part.model_id)
+    tensors, metadata = read_tensors(path, max_bytes)
+    converted, alphas = _convert(part, tensors)
+    networks: dict[str, dict[str, Delta]] = {}
+    elsewhere = set()
+    for name, state in _by_network(converted).items():
+        network = part.networks.get(name)
+        if network is None:
+            raise Unfit(f"changes a network {name!r}, which {part.model_id} does not have")
+        if next(network.parameters()).is_meta:
+            elsewhere.add(name)
+        else:
+            networks[name] = _deltas(network, name, state, _Strength.of(name, state, alphas, metadata))
+    return Lora(lora_id, networks, frozenset(elsewhere))
+
+
+def _convert(part: Part, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
+    """Diffusers' names, as `network.module.….weight`, and the alphas by name."""
+    pipeline = type(part.pipeline)
+    if not hasattr(pipeline, "lora_state_dict"):
+        raise Unfit(f"cannot be used: {pipeline.__name__} takes no LoRA")
+    for name in tensors:
+        if any(word in name for word in ("dora_scale", "lora_magnitude_vector", "lokr_", "hada_", "lora_controlnet")):
+            raise Refused(f"is of a kind that is not supported: it has a tensor {name}")
+    options = {"unet_config": part.networks["unet"].config} if "unet" in part.networks else {}
+    try:
+        answer = pipeline.lora_state_dict(dict(tensors), return_alphas=True, **options)
+    except Exception as error:  # whatever names and shapes that diffusers did not foresee make it raise
+        raise Refused(f"has tensors that do not fit {pipeline.__name__}: {str(error)[:200]}") from error
+    found = answer if isinstance(answer, tuple) else (answer,)
+    if _row_count(found[0]) < _row_count(tensors):
+        raise Refused("has tensors that diffusers leaves out")
+    alphas = next((value for value in found[1:] if isinstance(value, dict)), {})
+    return found[0], alphas
+
+
+def _row_count(tensors: Tensors) -> int:
+    """Rows of all second factors together: conversions split them and copy them, but lose none that they know."""
+    return sum(
+        len(tensor) for name, tensor in tensors.items() if name.endswith(("up.weight", "lora_B.weight")) and tensor.ndim
+    )
+
+
+def _by_network(converted: Tensors) -> dict[str, Tensors]:
+    """PEFT's names of each network's tensors, without the network's own name in front."""
+    groups: dict[str, Tensors] = {}
+    for key, tensor in converted.items():
+        name, _, rest = key.partition(".")
+        if not rest or not _NETWORK.fullmatch(name):
+            raise Refused(f"has a tensor {key[:64]!r} that belongs to no network")
+        groups.setdefault(name, {})[rest] = tensor
+    try:
+        return {name: _peft_names(name, state) for name, state in groups.items()}
+    except ValueError as error:
+        raise Refused(f"has names that diffusers does not know: {str(error)[:200]}") from error
+
+
+def _peft_names(network: str, state: Tensors) -> Tensors:
+    """As diffusers' `load_lora_adapter` and `_load_lora_into_text_encoder` do it. Raises ValueError."""
+    converted: Tensors
+    if network.startswith("text_encoder"):
+        converted = convert_state_dict_to_peft(convert_state_dict_to_diffusers(state))
+    else:
+        converted = state if "lora_A" in next(iter(state)) else convert_unet_state_dict_to_peft(state)
+    return converted
+
+
+@dataclass(frozen=True, slots=True)
+class _Strength:
+    """How strong each module's product is: its alpha, and what it is divided by."""
+
+    alpha: float | None
+    """None: as much as the rank."""
+    pattern: Mapping[str, tuple[int, float]]
+    """Alphas of single modules, by the end of their names; the earliest that matches counts."""
+    is_rank_stabilised: bool
+
+    @classmethod
+    def of(
+        cls, network: str, state: Tensors, alphas: Mapping[str, Any], metadata: dict[str, Any] | None
+    ) -> "_Strength":
+        """What the alphas of a file, or its metadata, say about one of its networks."""
+        prefix = f"{network}."
+        own_alphas = {k.removeprefix(prefix): _number(v) for k, v in alphas.items() if k.startswith(prefix)}
+        config = {k.removeprefix(prefix): v for k, v in (metadata or {}).items() if k.startswith(prefix)}
+        if own_alphas and config:
+            raise Refused("has both alphas and metadata, which contradict each other")
+        if own_alphas:
+            ranks = {name: up.shape[1] for name, up in state.items() if name.endswith(_UP) and up.ndim > 1}
+            if not ranks:
+                raise Refused("has alphas but no weights")
+            config = get_peft_kwargs(ranks, own_alphas, state, is_unet=not network.startswith("text_encoder"))
+        if config.get("use_dora"):
+            raise Refused("is of a kind that is not supported: DoRA")
+        pattern = config.get("alpha_pattern") or {}
+        if not isinstance(pattern, dict) or not all(isinstance(name, str) for name in pattern):
+            raise Refused("has an alpha_pattern that is none")
+        alpha = config.get("lora_alpha")
+        return cls(
+            None if alpha is None else _number(alpha),
+            {name: (position, _number(value)) for position, (name, value) in enumerate(pattern.items())},
+            bool(config.get("use_rslora")),
+        )
+
+    def of_module(self, module: str, rank: int) -> tuple[float, float]:
+        """Alpha and divisor. PEFT matches a pattern with the end of a module's name, or with all of it after a ^."""
+        parts = module.split(".")
+        ends = [f"^{module}", *(".".join(parts[start:]) for start in range(len(parts)))]
+        matching = [self.pattern[end] for end in ends if end in self.pattern]
+        alpha = min(matching)[1] if matching else self.alpha
+        return (float(rank) if alpha is None else alpha), (math.sqrt(rank) if self.is_rank_stabilised else rank)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise Refused(f"has an alpha that is no number: {str(value)[:64]}")
+    return value
+
+
+def _deltas(network: torch.nn.Module, name: str, state: Tensors, strength: _Strength) -> dict[str, Delta]:
+    """The products by module, on the network's device and in its type."""
+    if name.startswith("text_encoder") and not hasattr(network, "text_model"):
+        state = {key.removeprefix("text_model."): value for key, value in state.items()}
+    deltas = {}
+    for module, (down, up, up_bias) in _products(name, state):
+        layer = _layer(network, name, module)
+        _check_shapes(f"{name}.{module}", layer, down, up, up_bias)
+        weight = layer.weight
+        rank = down.shape[0]
+        alpha, divisor = strength.of_module(module, rank)
+        deltas[module] = Delta(
+            _own(down, weight), _own(up, weight), None if up_bias is None else _own(up_bias, weight), alpha, divisor
+        )
+    return deltas
+
+
+def _products(
+    name: str, state: Tensors
+) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]]:
+    """Both factors of each module. Raises Refused for a tensor that is neither, or lacks the other."""
+    for key in state:
+        if not key.endswith((_DOWN, _UP, _UP_BIAS)):
+            raise Refused(f"has a tensor {name}.{key} that is no part of a LoRA")
+    modules = dict.fromkeys(key.rsplit(".lora_", 1)[0] for key in state)
+    for module in modules:
+        down, up = state.get(module + _DOWN), state.get(module + _UP)
+        if down is None or up is None:
+            raise Refused(f"has only one factor of {name}.{module}")
+        yield module, (down, up, state.get(module + _UP_BIAS))
+
+
+def _layer(network: torch.nn.Module, name: str, module: str) -> Any:
+    try:
+        layer = network.get_submodule(module)
+    except AttributeError as error:
+        raise Unfit(f"changes {name}.{module}, which the model does not have") from error
+    if type(layer) not in _LAYERS:
+        raise Unfit(f"changes {name}.{module}, a {type(layer).__name__}: only linear and convolutional layers can be")
+    return layer
+
+
+def _check_shapes(name: str, layer: Any, down: torch.Tensor, up: torch.Tensor, up_bias: torch.Tensor | None) -> None:
+    """Raises Unfit unless the factors are those that PEFT makes for the layer."""
+    weight = layer.weight
+    rank = down.shape[0] if down.ndim else 0
+    groups = getattr(layer, "groups", 1)
+    is_plain = not isinstance(layer, torch.nn.Linear)
+    expected_down = (rank, layer.in_channels, *layer.kernel_size) if is_plain else (rank, weight.shape[1])
+    expected_up = (weight.shape[0], rank // groups, *[1] * (weight.ndim - 2))
+    if rank < 1 or rank % groups or tuple(down.shape) != expected_down or tuple(up.shape) != expected_up:
+        raise Unfit(
+            f"does not fit {name}: factors {list(down.shape)} and {list(up.shape)} for weights {list(weight.shape)}"
+        )
+    if up_bias is not None and tuple(up_bias.shape) != (weight.shape[0],):
+        raise Unfit(f"does not fit {name}: a bias {list(up_bias.shape)} for weights {list(weight.shape)}")
+    if is_plain and (layer.padding_mode != "zeros" or any(step != 1 for step in layer.dilation)):
+        raise Refused(f"changes {name}, a convolution with dilation or padding that PEFT has none for")
+
+
+def _own(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy that does not hold on to the file."""
+    return tensor.to(like.device, like.dtype, copy=True).contiguous()

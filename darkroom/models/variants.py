@@ -1,0 +1,222 @@
+"""The pipelines of other tasks over a loaded part: from an image, inside a mask, led by ControlNets.
+
+diffusers has a class for each task of a family, all over the same components, and tables of which class is which. An
+own copy of the variant is what a request runs in place of the part's pipeline; nothing else about the request changes.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+)
+from PIL import Image
+from torch.utils._pytree import tree_map_only
+
+from darkroom.errors import InvalidField
+from darkroom.models.controlnets import ControlNet, together
+from darkroom.models.journal import Journal
+from darkroom.models.loader import Part
+from darkroom.models.standins import StandIn
+
+MAX_CONTROLS = 4
+MAX_CONTROL_SCALE = 10.0
+_TABLES = (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING)
+_WITH_CONTROLS = "-controlnet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """A ControlNet as a request uses it."""
+
+    net: ControlNet
+    picture: Image.Image
+    """RGB, of the size that is drawn."""
+    scale: float = 1.0
+    """Factor of what it adds."""
+    start: float = 0.0
+    """Share of the steps after which it begins."""
+    end: float = 1.0
+    """Share of the steps after which it ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """The pictures that a request starts from or is led by, all of the size that is drawn."""
+
+    image: Image.Image | None = None
+    """RGB."""
+    mask: Image.Image | None = None
+    """Greyscale: white is drawn anew, black is kept."""
+    strength: float | None = None
+    """Share of the steps that are done, from the image with as much noise; None means what the pipeline does."""
+    controls: tuple[Control, ...] = ()
+
+
+UNCONDITIONED = Conditions()
+
+
+def variant(part: Part, conditions: Conditions) -> DiffusionPipeline:
+    """The pipeline for these conditions, shared by requests; the part's own where there are none.
+
+    Raises InvalidField naming `image`, `mask` or `controls` when the model's family has no such pipeline.
+    """
+    kind = _variant_class(part, conditions)
+    if kind is type(part.pipeline):
+        return part.pipeline
+    made = part.variants.get(kind)
+    if made is None:
+        made = part.variants[kind] = _made(part, kind)
+    return made
+
+
+def _variant_class(part: Part, conditions: Conditions) -> type:
+    own, (whole, from_image, masked) = type(part.pipeline), _TABLES
+    if conditions.mask is not None and conditions.image is None:
+        raise InvalidField("mask", "needs an image")
+    if conditions.mask is not None:
+        table, needed, field = masked, {"image", "mask_image"}, "mask"
+    elif conditions.image is not None:
+        table, needed, field = from_image, {"image", "strength"}, "image"
+    else:
+        table, needed, field = whole, set(), "controls"
+    if conditions.controls:
+        if conditions.image is None and own in from_image.values():
+            raise InvalidField("controls", "need an image with this model")
+        needed, field = needed | {"controlnet_conditioning_scale"}, "controls"
+    elif not needed:
+        return own
+    key = next((key for table in _TABLES for key, kind in table.items() if kind is own), "")
+    kind = table.get(key + _WITH_CONTROLS * bool(conditions.controls))
+    if kind is None or not needed <= _parameters(kind.__call__).keys():
+        raise InvalidField(field, f"cannot be used with this model: {own.__name__} has no such variant")
+    assert isinstance(kind, type)
+    return kind
+
+
+def _made(part: Part, kind: type) -> DiffusionPipeline:
+    """Made the plain way: diffusers' `from_pipe` casts the components, which are shared."""
+    own = part.pipeline
+    available = {**own.config, **own.components}
+    pipeline = kind(
+        **{name: available[name] for name in _parameters(kind) if name in available},
+        **{name: None for name in _parameters(kind) if name == "controlnet"},
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
+def condition_arguments(kind: type, conditions: Conditions, image_count: int) -> dict[str, Any]:
+    """What a variant of this class is called with beside what every pipeline is.
+
+    Each of several images has a row of its own, so that it draws noise for its image from its own source.
+    """
+    accepted = _parameters(kind.__call__)
+    arguments: dict[str, Any] = {}
+    if conditions.image is not None:
+        arguments["image"] = [conditions.image] * image_count
+        if conditions.strength is not None:
+            arguments["strength"] = conditions.strength
+    if conditions.mask is not None:
+        arguments["mask_image"] = [conditions.mask] * image_count
+    if conditions.controls:
+        pictures = "control_image" if "control_image" in accepted else "image"
+        arguments |= {
+            pictures: _one_or_all([control.picture for control in conditions.controls]),
+            "controlnet_conditioning_scale": _one_or_all([control.scale for control in conditions.controls]),
+            "control_guidance_start": _one_or_all([control.start for control in conditions.controls]),
+            "control_guidance_end": _one_or_all([control.end for control in conditions.controls]),
+        }
+    return arguments
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    return values[0] if len(values) == 1 else values
+
+
+def control_network(part: Part, conditions: Conditions, journal: Journal) -> torch.nn.Module:
+    """What stands for the ControlNets in one request's pipeline: networks of its loop, which the journal watches."""
+    nets = [
+        journal.watch(Scaled(control.net.face), f"controlnet_{position}")
+        for position, control in enumerate(conditions.controls)
+    ]
+    if len(nets) == 1:
+        return nets[0]
+    several: torch.nn.Module = together(
+        nets, conditions.controls[0].net.kind, dtype=part.denoiser.dtype, device=part.device
+    )
+    return several
+
+
+class Scaled(StandIn):
+    """A ControlNet whose answer is multiplied outside of the batch: calls with different scales can share one.
+
+    The product is the same, bit for bit: ControlNets multiply last of all. Those that pool their answers do not, and
+    are left to do it themselves.
+    """
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # pipelines ask what kind of network they hold
+        """The network's own class."""
+        return self.__dict__["network"].__class__
+
+    def forward(self, *args: Any, conditioning_scale: float = 1.0, **kwargs: Any) -> Any:
+        """The network's answer."""
+        network = self.__dict__["network"]
+        if kwargs.get("guess_mode") or getattr(network.config, "global_pool_conditions", False):
+            return network(*args, conditioning_scale=conditioning_scale, **kwargs)
+        answer = network(*args, conditioning_scale=1.0, **kwargs)
+        return tree_map_only(torch.Tensor, lambda residual: residual * conditioning_scale, answer)
+
+
+def check_conditions(part: Part, conditions: Conditions, step_count: int) -> None:
+    """Raises InvalidField unless the model can draw under these conditions."""
+    _check_controls(part, conditions.controls)
+    if conditions.mask is None and part.denoiser_config.get("in_channels", 0) > _channels(part):
+        raise InvalidField("mask", "is missing: this model draws only inside one")
+    _check_strength(_variant_class(part, conditions), conditions, step_count)
+
+
+def _channels(part: Part) -> float:
+    """Channels of the model's latents, as the VAE says; an inpainting UNet takes more."""
+    channels: int | None = getattr(part.pipeline.vae.config, "latent_channels", None)
+    return math.inf if channels is None or part.family.latents != "BCHW" else channels
+
+
+def _check_strength(kind: type, conditions: Conditions, step_count: int) -> None:
+    strength = conditions.strength
+    if conditions.image is None:
+        if strength is not None:
+            raise InvalidField("strength", "needs an image")
+        return
+    if strength is None:
+        strength = float(_parameters(kind.__call__)["strength"].default)
+    if not 0 < strength <= 1:
+        raise InvalidField("strength", f"must be more than 0 and at most 1, not {strength}")
+    if int(step_count * strength) < 1:
+        raise InvalidField("strength", f"of {strength} leaves none of {step_count} steps")
+
+
+def _check_controls(part: Part, controls: tuple[Control, ...]) -> None:
+    if len(controls) > MAX_CONTROLS:
+        raise InvalidField("controls", f"must be at most {MAX_CONTROLS}, not {len(controls)}")
+    for position, control in enumerate(controls):
+        field = f"controls[{position}]"
+        if not 0 <= control.scale <= MAX_CONTROL_SCALE:
+            raise InvalidField(f"{field}.scale", f"must be 0 to {MAX_CONTROL_SCALE:g}, not {control.scale}")
+        if not 0 <= control.start < control.end <= 1:
+            raise InvalidField(f"{field}.start", f"must be 0 to 1 and before end, not {control.start}")
+        problem = control.net.misfit(part)
+        if problem:
+            raise InvalidField(field, f"({control.net.model_id}) {problem}")
