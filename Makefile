@@ -18,7 +18,7 @@ PROTOS := $(wildcard protos/darkroom/v1/*.proto)
 GENERATE := $(PYTHON) -m grpc_tools.protoc -Iprotos
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check proto bench gpu compose-test train-shapes judge clean \
+.PHONY: help setup demo up test test-long check proto bench gpu compose-test train-shapes judge clean \
     check-format check-lint check-types check-imports check-protos check-generated check-compose
 
 help:  ## Lists the targets.
@@ -33,10 +33,13 @@ up: $(VENV)  ## Runs a whole cluster on this machine until Ctrl-C.
 	$(BIN)/darkroom up
 
 # One thread per process: on a shared machine, torch's spinning threads cost more than they bring.
-test gpu: export OMP_NUM_THREADS ?= 1
+test test-long gpu: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)  ## Runs the tests that need no GPU and no Docker.
-	$(PYTHON) -m pytest -m "not compose"
+	$(PYTHON) -m pytest -m "not compose and not long"
+
+test-long: $(VENV)  ## Runs the tests that take minutes each.
+	$(PYTHON) -m pytest -m long
 
 check: check-format check-lint check-types check-imports check-protos check-generated check-compose  ## Runs every check but the tests.
 

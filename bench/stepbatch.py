@@ -10,14 +10,15 @@ what plain diffusers managed. Denoising only, one thread and one process a side;
 import argparse
 import asyncio
 import contextlib
+import math
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.status import Status
 from safetensors.torch import load_file
 
 from bench.load import describe, other_cores, read_load
@@ -69,34 +70,42 @@ class Bench:
             for number, requests in enumerate(streams):
                 await self._round(number, requests, status)
 
-    async def _round(self, number: int, requests: Sequence[Wanted], status: Any) -> None:
+    async def _round(self, number: int, requests: Sequence[Wanted], status: Status) -> None:
         self.curves.append(await self._measure_curves(status))
         for name in self._turns(number, self.workers):
-            await self._run(name, number, BACKLOG, requests, [0.0] * len(requests), status)
+            await self._run(name, number, requests, status)
         rate = len(requests) / statistics.fmean(r.whole_s for r in self.runs if (r.side, r.load) == ("plain", BACKLOG))
         for load in self.plan.loads:
             sides = [name for name in self.workers if name not in ORDERS or load in _LOADS_OF_ORDERS]
             for name in self._turns(number, sides):
-                await self._run(name, number, load, requests, arrivals_s(requests, load * rate), status)
+                await self._run(name, number, requests, status, load=load, rate=load * rate)
         self.curves.append(await self._measure_curves(status))
 
-    def _turns(self, number: int, sides: Any) -> list[str]:
+    def _turns(self, number: int, sides: Iterable[str]) -> list[str]:
         """The sides, another one first in each round."""
         names = list(sides)
         start = number % len(names)
         return names[start:] + names[:start]
 
     async def _run(
-        self, name: str, number: int, load: float, requests: Sequence[Wanted], arrivals: list[float], status: Any
+        self,
+        name: str,
+        number: int,
+        requests: Sequence[Wanted],
+        status: Status,
+        *,
+        load: float = BACKLOG,
+        rate: float = math.inf,
     ) -> None:
         status.update(f"Round {number + 1} of {self.plan.rounds}, {_named(load)}: {name}…")
         latents = str(self.folder / f"{number}-{name}.safetensors") if load == BACKLOG else ""
+        arrivals = arrivals_s(requests, rate)
         before = read_load()
         answer = await _serve(self.workers[name], requests, arrivals, latents=latents)
         busy = other_cores(before, read_load())
         self.runs.append(Run.of(name, number, load, requests, answer, other_cores=busy))
 
-    async def _measure_curves(self, status: Any) -> dict[int, Curve]:
+    async def _measure_curves(self, status: Status) -> dict[int, Curve]:
         status.update("The UNet's cost curve…")
         return {side_px: {rows: await self._forward_s(side_px, rows) for rows in _CURVE_ROWS} for side_px in SIDES_PX}
 
@@ -131,7 +140,9 @@ async def _serve(side: Worker, requests: Sequence[Wanted], arrivals: list[float]
 
 
 @contextlib.asynccontextmanager
-async def _side_processes(names: Sequence[str], store: Path, *, is_profiled: bool = False) -> Any:
+async def _side_processes(
+    names: Sequence[str], store: Path, *, is_profiled: bool = False
+) -> AsyncGenerator[Mapping[str, Worker], None]:
     """A process for each side, its models loaded."""
     async with contextlib.AsyncExitStack() as stack:
         workers: dict[str, Worker] = {}

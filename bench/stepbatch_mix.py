@@ -50,9 +50,11 @@ def stream(count: int, seed: int, most_steps: int = MOST_STEPS) -> list[Wanted]:
     """A Poisson stream of `count` requests in order of arrival, each property drawn evenly.
 
     Every model, size and scheduler comes equally often, step counts lie evenly over their range, and three in ten have
-    a LoRA, as near as `count` allows: streams of different seeds differ in order and company, hardly in work.
+    a LoRA, as near as `count` allows: streams of different seeds differ in order and company, hardly in work. The last
+    one comes after `count` mean gaps: so many arrivals in so long, each at any time, is what makes a stream Poisson.
     """
     rng = random.Random(seed)
+    gaps = [rng.expovariate(1.0) for _ in range(count)]
     kinds = list(itertools.islice(itertools.cycle(itertools.product(MODELS, SIDES_PX, SCHEDULERS)), count))
     span = most_steps - FEWEST_STEPS + 1
     steps = [FEWEST_STEPS + int(span * (place + rng.random()) / count) for place in range(count)]
@@ -71,7 +73,7 @@ def stream(count: int, seed: int, most_steps: int = MOST_STEPS) -> list[Wanted]:
             prompt=rng.randrange(PROMPT_COUNT),
             lora_id=rng.choice(lora_ids(model_id)) if with_lora[number] else "",
             lora_scale=rng.choice(_LORA_SCALES),
-            gap=rng.expovariate(1.0),
+            gap=gaps[number] * count / sum(gaps),
         )
         for number, (model_id, side_px, scheduler) in enumerate(kinds)
     ]

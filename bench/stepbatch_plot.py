@@ -30,9 +30,10 @@ def plot(loads: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     ]
     legend = [_key(place, side) for place, side in enumerate(sides)]
     height = _TOP + _HEIGHT + _BELOW
+    content = "".join((*parts, *legend))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>{"".join(parts)}{"".join(legend)}</svg>\n'
+        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>{content}</svg>\n'
     )
 
 
@@ -70,7 +71,7 @@ def _panel(
         path = " ".join(f"{x:.1f},{height:.1f}" for x, height in points)
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         drawn += [f'<circle cx="{x:.1f}" cy="{height:.1f}" r="3" fill="{colour}"/>' for x, height in points]
-    below = f"load, of plain diffusers’ capacity"
+    below = "load, of plain diffusers’ capacity"
     drawn.append(f'<text x="{left + _WIDTH / 2}" y="{_TOP + _HEIGHT + 36}" text-anchor="middle">{below}</text>')
     return "".join(drawn)
 

@@ -69,10 +69,10 @@ def summarise(runs: Sequence[Run], curves: Mapping[int, Curve], errors: Mapping[
     backlog = [run for run in runs if run.load == BACKLOG]
     bound_s = {run.round: least_s(run.requests, curves) for run in backlog}
     at_once = _by_side(backlog)
-    for side, figures in at_once.items():
+    for side, found in at_once.items():
         of_side = [run for run in backlog if run.side == side]
-        figures |= _account(of_side, sum(bound_s[run.round] for run in of_side), curves)
-        figures["latent_error"] = errors[side]
+        found |= _account(of_side, sum(bound_s[run.round] for run in of_side), curves)  # noqa: PLW2901
+        found["latent_error"] = errors[side]
     return {
         "unet_forward_s": curves,
         "bound_requests_per_s": sum(len(r.requests) for r in backlog if r.side == OURS) / sum(bound_s.values()),
@@ -179,26 +179,22 @@ def _per_step(side: str, figures: Mapping[str, float], parts: Iterable[str]) -> 
 def verdicts(figures: Mapping[str, Any]) -> list[str]:
     """The aims, one sentence each."""
     ours = figures["all_at_once"][OURS]
-    said = [
-        f"{ours['bound_share']:.0%} of the bound with all at once, aim {AIM_BOUND_SHARE:.0%}.",
-        f"{1000 * ours['outside_networks_per_step_s']:.2f} ms outside networks per request-step, "
-        f"aim {1000 * AIM_OVERHEAD_S:g} ms.",
-    ]
-    for load, sides in figures["loads"].items():
-        others = {side: sides[side] for side in (PLAIN, *WHOLE) if side in sides}
-        ratios = {
-            name: min(sides[OURS][name] / other[name] for other in others.values()) for name in ("mean_s", "p99_s")
-        }
-        worst = {name: max(sides[OURS][name] / o[name] for o in others.values()) for name in ("mean_s", "p99_s")}
-        against = {side: sides[OURS]["p99_s"] / sides[side]["p99_s"] for side in WHOLE if side in sides}
-        listed = ", ".join(f"{ratio:.2f} of '{side}'" for side, ratio in against.items())
-        lost = [name for name, ratio in worst.items() if ratio > 1.0]
-        outcome = f"behind the best of the others in {', '.join(lost)}" if lost else "ahead of all in mean and p99"
-        said.append(
-            f"Load {load}: {outcome}; mean {ratios['mean_s']:.2f} to {worst['mean_s']:.2f} of theirs, p99 {listed}."
-        )
-    said.append(f"Aim at load 0.8: p99 at most {AIM_P99_RATIO} of whole requests'.")
-    return said
+    outside_s = ours["outside_networks_per_step_s"]
+    said = [f"{ours['bound_share']:.0%} of the bound with all at once, aim {AIM_BOUND_SHARE:.0%}."]
+    said.append(f"{1000 * outside_s:.2f} ms a request-step outside networks, aim {1000 * AIM_OVERHEAD_S:g}.")
+    said += [_verdict(load, sides) for load, sides in figures["loads"].items()]
+    return [*said, f"Aim at load 0.8: p99 at most {AIM_P99_RATIO} of whole requests'."]
+
+
+def _verdict(load: str, sides: Mapping[str, Mapping[str, float]]) -> str:
+    others = [side for side in (PLAIN, *WHOLE) if side in sides]
+    ratios = {name: [sides[OURS][name] / sides[side][name] for side in others] for name in ("mean_s", "p99_s")}
+    listed = "; ".join(
+        f"{name.removesuffix('_s')} {', '.join(f'{r:.2f} of {s}' for r, s in zip(found, others, strict=True))}"
+        for name, found in ratios.items()
+    )
+    lost = [name.removesuffix("_s") for name, found in ratios.items() if max(found) > 1.0]
+    return f"Load {load}: {'behind in ' + ' and '.join(lost) if lost else 'ahead of all'}. {listed}."
 
 
 def profile_table(answer: Answer, steps: int) -> dict[str, Any]:

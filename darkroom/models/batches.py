@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,12 @@ _UNKNOWN_PATIENCE_S = 300.0
 """A first forward may compile, allocate, and page in gigabytes."""
 
 
+_PROBE_SIZES = (1, 2, 4, 8, 16)
+_MAX_PROBES = 8
+_MAX_PROBE_S = 0.25
+"""Who arrives during a probe waits for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of some of the forwards, by their positions in the batch: an answer each, or what it raised."""
@@ -29,12 +35,21 @@ class Outcome:
     seconds: float
 
 
+@dataclass(slots=True)
+class _Probe:
+    """A call to measure with, and how many of it at once, the next one last: each size twice, once is no measure."""
+
+    call: Forward
+    sizes: list[int]
+
+
 class BatchRunner:
     """Runs batches on the engine's thread and keeps the cost curve current."""
 
-    def __init__(self, costs: CostCurve) -> None:
-        """`costs` learns from every batch."""
-        self._costs = costs
+    def __init__(self, costs: CostCurve, *, max_probe_rows: int = 0) -> None:
+        """`costs` learns from every batch. `max_probe_rows`: largest size that `probe` tries; 0 probes nothing."""
+        self._costs, self._max_probe_rows = costs, max_probe_rows
+        self._probes: OrderedDict[Any, _Probe] = OrderedDict()
         self._limits: dict[Any, tuple[int, float]] = {}
         self._busy: tuple[float, float] | None = None
         self._unread: deque[tuple[Any, int, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -65,6 +80,32 @@ class BatchRunner:
             yield Outcome(positions, answers, seconds)
             left = left[size:]
 
+    @property
+    def has_probes(self) -> bool:
+        """Whether there is a kind of forward whose cost at other sizes is not known yet."""
+        return bool(self._probes)
+
+    def probe(self) -> None:
+        """Measures one size of a kind seen lately, by running one of its calls several times over: for idle moments."""
+        key, probe = self._probes.popitem(last=False)
+        size = probe.sizes.pop()
+        expected_s = self._costs.seconds(key, size * probe.call.rows) or 0.0
+        if expected_s > _MAX_PROBE_S:
+            return
+        try:
+            self._timed([probe.call] * size)
+        except Exception:  # noqa: BLE001 - too large for memory, or whatever: then nothing is known of larger ones either
+            return
+        if probe.sizes:
+            self._probes[key] = probe
+
+    def _note_for_probes(self, key: Any, call: Forward) -> None:
+        sizes = [size for size in _PROBE_SIZES if size * call.rows <= self._max_probe_rows]
+        if sizes and call.adapter is None and not self._costs.is_known(key):
+            self._probes[key] = _Probe(call, [size for size in reversed(sizes) for _ in range(2)])
+            if len(self._probes) > _MAX_PROBES:
+                self._probes.popitem(last=False)
+
     def _smaller(self, failed: Sequence[Forward], error: Exception) -> int:
         """How many calls to try together after these failed: half as many for want of memory, else one by one."""
         if not _is_out_of_memory(error):
@@ -81,6 +122,7 @@ class BatchRunner:
         expected_s = self._costs.seconds(key, rows)
         patience_s = _UNKNOWN_PATIENCE_S if expected_s is None else max(_PATIENCE_S, _PATIENCE_FACTOR * expected_s)
         self._read_events()
+        self._note_for_probes(key, calls[0])
         start_s = time.monotonic()
         self._busy = (start_s, patience_s)
         try:

@@ -8,7 +8,7 @@ import asyncio
 import functools
 import json
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,15 +199,17 @@ class ControlNets:
         return net
 
 
-def together(nets: list[torch.nn.Module], kind: ControlNetKind, *, dtype: torch.dtype, device: torch.device) -> Any:
+def together(
+    nets: Sequence[torch.nn.Module], kind: ControlNetKind, *, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
     """What stands in a pipeline for several ControlNets, given as what stands for each."""
-    several = _without_parameters(getattr(diffusers.models.controlnets, kind.several))(nets)
+    several: torch.nn.Module = _without_parameters(getattr(diffusers.models.controlnets, kind.several))(nets)
     several.__dict__.update(own_dtype=dtype, own_device=device)
     return several
 
 
 @functools.cache
-def _without_parameters(kind: type) -> type:
+def _without_parameters(kind: type) -> Callable[[Sequence[torch.nn.Module]], torch.nn.Module]:
     """The class, told its type and device: it would look for them in parameters, of which stand-ins have none."""
     told = {"dtype": property(lambda self: self.own_dtype), "device": property(lambda self: self.own_device)}
     return type(kind.__name__, (kind,), told)

@@ -64,9 +64,18 @@ class Executor:
     """One engine thread. `submit` may be called from any thread."""
 
     def __init__(
-        self, *, max_batch_rows: int, slot_count: int = 64, thread_count: int | None = None, stage: str = "denoiser"
+        self,
+        *,
+        max_batch_rows: int,
+        slot_count: int = 64,
+        thread_count: int | None = None,
+        stage: str = "denoiser",
+        probes: bool = False,
     ) -> None:
-        """`slot_count`: programs resident at once; `thread_count`: torch threads, None for its own."""
+        """`slot_count`: programs resident at once; `thread_count`: torch threads, None for its own.
+
+        `probes`: whether idle moments are used to measure what batches of other sizes would cost.
+        """
         self._max_batch_rows, self._slot_count = max_batch_rows, slot_count
         self._thread_count, self._stage = thread_count, stage
         self._arrivals: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -78,7 +87,7 @@ class Executor:
         self._handed_back_with: DarkroomError | None = None
         self._mean_forward_s = 0.0
         self._slots_due_s = 0.0
-        self._batches = BatchRunner(self.costs)
+        self._batches = BatchRunner(self.costs, max_probe_rows=max_batch_rows if probes else 0)
         self._thread = threading.Thread(target=self._run, name="executor", daemon=True)
         self._thread.start()
 
@@ -127,6 +136,8 @@ class Executor:
                 self._end_unwanted(now_s)
                 self._fill_slots(now_s)
                 self._run_next_batch(now_s)
+                if self._batches.has_probes and not self._is_busy:
+                    self._batches.probe()
         for program in (*self._resident, *self._queued):
             program.future.cancel()
             program.end(ProgramCancelled())
@@ -151,11 +162,15 @@ class Executor:
 
     def _idle_s(self) -> float:
         """How long to wait for an arrival: not at all while a forward waits or a slot can be filled."""
-        can_start = self._queued and len(self._resident) < self._slot_count
-        if can_start or any(program.forward for program in self._resident):
+        if self._is_busy or self._batches.has_probes:
             return 0.0
         deadline_s = min((p.ticket.deadline_s for p in (*self._resident, *self._queued)), default=math.inf)
         return max(0.0, min(deadline_s - time.monotonic(), _LONGEST_SLEEP_S))
+
+    @property
+    def _is_busy(self) -> bool:
+        can_start = bool(self._queued) and len(self._resident) < self._slot_count
+        return can_start or any(program.forward for program in self._resident)
 
     def _return(self, returned: _Returned) -> None:
         program, future = returned.program, returned.errand.future

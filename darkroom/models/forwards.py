@@ -8,8 +8,10 @@ that what can be known once is not looked up twice.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -100,7 +102,7 @@ class Forward:
         for name, value in bound.items():
             self._flatten(name, value)
         self.rows = self._count_rows()
-        self.key: Hashable = (
+        self.key: Hashable = _interned(
             id(entry) if entry.identity is None else entry.identity,
             adapter.company if adapter else None,
             tuple(self._spec),
@@ -160,6 +162,15 @@ class Forward:
                 arguments[name] = tree_unflatten(leaves[start : start + spec.num_leaves], spec)
                 start += spec.num_leaves
         return arguments
+
+
+_numbers = itertools.count()
+
+
+@functools.lru_cache(maxsize=4096)
+def _interned(*_parts: Hashable) -> int:
+    """A number for what makes a kind of call, the same while the kind is in use: it is compared and looked up often."""
+    return next(_numbers)
 
 
 def _content(leaf: torch.Tensor) -> bytes:

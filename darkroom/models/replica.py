@@ -64,7 +64,11 @@ class StageReplica:
         self._root, self._device = model_store, torch.device(device)
         self._max_running = max_running
         self._executor = Executor(
-            max_batch_rows=max_batch_rows, slot_count=slot_count, thread_count=thread_count, stage=stage
+            max_batch_rows=max_batch_rows,
+            slot_count=slot_count,
+            thread_count=thread_count,
+            stage=stage,
+            probes=stage == "denoiser",
         )
         self._stalled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._loads: dict[str, asyncio.Task[Part]] = {}

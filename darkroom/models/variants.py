@@ -146,17 +146,14 @@ def _one_or_all(values: list[Any]) -> Any:
 
 
 def control_network(part: Part, conditions: Conditions, journal: Journal) -> torch.nn.Module:
-    """What stands for the ControlNets in one request's pipeline: networks of its loop, which the journal watches."""
-    nets = [
-        journal.watch(Scaled(control.net.face), f"controlnet_{position}")
-        for position, control in enumerate(conditions.controls)
-    ]
-    if len(nets) == 1:
-        return nets[0]
-    several: torch.nn.Module = together(
-        nets, conditions.controls[0].net.kind, dtype=part.denoiser.dtype, device=part.device
-    )
-    return several
+    """What stands for the ControlNets in one request's pipeline: a network of its loop, which the journal watches.
+
+    Several are one to the journal: what stands for them adds their answers in place, which blank ones do not allow.
+    """
+    nets = [Scaled(control.net.face) for control in conditions.controls]
+    kind = conditions.controls[0].net.kind
+    network = nets[0] if len(nets) == 1 else together(nets, kind, dtype=part.denoiser.dtype, device=part.device)
+    return journal.watch(network, "controlnet")
 
 
 class Scaled(StandIn):

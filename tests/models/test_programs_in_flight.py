@@ -253,3 +253,33 @@ def test_many_cancelled_programs_leave_nothing_behind() -> None:
 def _greenlets() -> list[greenlet.greenlet]:
     gc.collect()
     return [o for o in gc.get_objects() if type(o) is greenlet.greenlet]
+
+
+def test_idle_moments_teach_what_larger_batches_cost() -> None:
+    network = Doubling()
+    executor, stand_in = Executor(max_batch_rows=16, probes=True), Batched(network, "doubling")
+    executor.submit(partial(steps, stand_in, 1.0, 3))[0].result(10)
+    deadline_s = time.monotonic() + 10
+    while network.rows.count(16) < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert network.rows == [2] * 3 + [2, 2, 4, 4, 8, 8, 16, 16]
+    assert executor.counts.batches == 3, "nobody asked for the others"
+    key = next(iter(executor.costs._kinds))
+    assert sorted(executor.costs.measured(key)) == [2, 4, 8, 16]
+    before = len(network.rows)
+    executor.submit(partial(steps, stand_in, 1.0, 2))[0].result(10)
+    executor.submit(lambda: None)[0].result(10)
+    assert len(network.rows) == before + 2, "what is known is not measured again"
+    executor.close()
+
+
+def test_a_probe_that_does_not_fit_ends_the_probing_of_its_kind() -> None:
+    network = SmallMemory(room=4)
+    executor, stand_in = Executor(max_batch_rows=16, probes=True), Batched(network, "small")
+    executor.submit(partial(steps, stand_in, 1.0, 3))[0].result(10)
+    deadline_s = time.monotonic() + 10
+    while -8 not in network.rows and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    executor.submit(lambda: None)[0].result(10)
+    assert network.rows[3:] == [2, 2, 4, 4, -8]
+    executor.close()

@@ -28,6 +28,10 @@ from darkroom.wire.tasks import DenoiseTask
 from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, Wanted, denoise_task, encoded
 
 
+LOOPS: list[Any] = []
+"""The pipeline objects of all runs so far."""
+
+
 def picture(seed: int, mode: str = "RGB") -> Image.Image:
     """Smooth noise: an image like any other, to a VAE that was never trained."""
     noise = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
@@ -63,7 +67,9 @@ class Case:
             strength=self.strength,
             controls=tuple(
                 Control(
-                    net=_controlnet(store, name, send), picture=picture(seed + 10 + i), scale=self.scales[i],
+                    net=_controlnet(store, name, send),
+                    picture=picture(seed + 10 + i),
+                    scale=self.scales[i],
                     end=self.ends[i],
                 )  # fmt: skip
                 for i, name in enumerate(self.controls)
@@ -159,6 +165,7 @@ def denoise_variant(
     """The denoiser's program under conditions."""
     shared = variant(part, conditions)
     pipeline = copy.copy(shared)
+    LOOPS.append(pipeline)
     pipeline.scheduler = fresh_scheduler(part.pipeline.scheduler, task.scheduler)
     generators = [torch.Generator().manual_seed(task.seed + i) for i in range(task.image_count)]
     journal.begin(pipeline.scheduler, generators, part.device)

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from darkroom.errors import InvalidTensor, QueueFull, UnknownHolder
+from darkroom.errors import InvalidTensor, QueueFull, Stalled, UnknownHolder
 from darkroom.models.previews import PreviewMap, save_map
 from darkroom.models.tensors import to_raw, to_torch
 from darkroom.v1 import denoiser_pb2, denoiser_pb2_grpc, tensor_pb2
@@ -260,3 +261,19 @@ async def test_settings_out_of_range_are_refused_by_field(neighbours: Neighbours
     error = await failure_of(start(denoiser, **{field: value}))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert str(error.details()).startswith(f"{field} ")
+
+
+async def test_an_engine_that_does_not_come_back_gives_its_requests_up(neighbours: Neighbours) -> None:
+    denoiser = await neighbours.stage("denoiser")
+    await finish(start(denoiser))  # from now on it is known how long a step takes
+    watching = asyncio.create_task(denoiser.replica.watch())
+    network, may_go = (await denoiser.replica.part(MODEL)).networks["unet"], threading.Event()
+    hook = network.register_forward_pre_hook(lambda *_: may_go.wait(30) and None)
+    try:
+        error = await failure_of(start(denoiser))
+        assert isinstance(from_rpc_error(error, "denoiser"), Stalled)
+        with pytest.raises(Stalled):
+            await watching
+    finally:
+        hook.remove()
+        may_go.set()

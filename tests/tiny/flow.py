@@ -33,15 +33,15 @@ from tests.tiny.parts import TEXT_WIDTH, awake, clip, gemma, glm, image_vae, qwe
 from training.tokenizer import make_tokenizer
 
 
-def stable_diffusion_3() -> DiffusionPipeline:
+def stable_diffusion_3(channels: int = 4) -> DiffusionPipeline:
     """SD3: two CLIP encoders and T5, a transformer, flow matching."""
     # T5 comes out as wide as both CLIP encoders together
     tokenizer, (t5_tokenizer, t5_encoder) = make_tokenizer(), t5(width=2 * TEXT_WIDTH)
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=4,
@@ -51,7 +51,7 @@ def stable_diffusion_3() -> DiffusionPipeline:
         pos_embed_max_size=32,
     )
     return StableDiffusion3Pipeline(
-        vae=image_vae(shift_factor=0.06),
+        vae=image_vae(shift_factor=0.06, latent_channels=channels),
         text_encoder=clip(tokenizer, projected=True),
         text_encoder_2=clip(tokenizer, projected=True),
         text_encoder_3=t5_encoder,

@@ -1,6 +1,7 @@
 """Tiny models made for one task, and tiny ControlNets: beside the models that have a row of the family table each."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.tiny import diffusion, flow
 MADE_FOR: dict[str, Callable[[], Any]] = {
     "tiny-sd-inpaint": diffusion.stable_diffusion_inpaint,
     "tiny-sdxl-refiner": diffusion.stable_diffusion_xl_refiner,
+    "tiny-sd3-wide": partial(flow.stable_diffusion_3, channels=16),  # its inpainting insists on so many
 }
 CONTROLNETS: dict[str, Callable[[], Any]] = {
     "control-sd": diffusion.controlnet,
