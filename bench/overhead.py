@@ -219,7 +219,7 @@ async def compare(config: ClusterConfig, model_id: str, turn_count: int) -> dict
             )
             for name in ("plain", "inside")
         ]
-        model = next(model for model in await client.models() if model.model_id == model_id)
+        model = next(model for model in (await client.catalogue()).models if model.model_id == model_id)
         before = read_cpu(cluster)
         await asyncio.sleep(_IDLE_S)
         idle = read_cpu(cluster)

@@ -29,6 +29,8 @@ class Run:
     requests: Sequence[Wanted]
     whole_s: float
     cpu_s: float
+    loop_cpu_s: float
+    """Of it, the event loop's beside the engine; plain diffusers has but one thread."""
     latency_s: Sequence[float]
     forwards: Sequence[tuple[int, int, int, float]]
     """Latent side, rows, count and seconds of the UNet's forwards."""
@@ -39,7 +41,7 @@ class Run:
         cls, side: str, number: int, load: float, requests: Sequence[Wanted], answer: Answer, *, other_cores: float
     ) -> Self:
         """From a side's answer."""
-        told = {name: answer[name] for name in ("whole_s", "cpu_s", "latency_s", "forwards")}
+        told = {name: answer[name] for name in ("whole_s", "cpu_s", "loop_cpu_s", "latency_s", "forwards")}
         return cls(side=side, round=number, load=load, requests=requests, other_cores=other_cores, **told)
 
     @property
@@ -116,6 +118,7 @@ def _account(runs: Sequence[Run], bound_s: float, curves: Mapping[int, Curve]) -
         "outside_networks_s": whole_s - network_s,
         "outside_networks_per_step_s": (whole_s - network_s) / steps,
         "cpu_s": sum(run.cpu_s for run in runs),
+        "loop_cpu_s": sum(run.loop_cpu_s for run in runs),
     }
 
 
@@ -167,8 +170,8 @@ def _show_backlog(figures: Mapping[str, Any]) -> None:
     ]
     count = at_once[OURS]["request_count"]
     table(f"All at once: {count} requests, {at_once[OURS]['step_count']} steps", head, rows)
-    parts = ("bound_s", "smaller_batches_s", "beyond_curve_s", "outside_networks_s", "whole_s")
-    head = ["ms a request-step", "bound", "smaller batches", "beyond the curve", "outside networks", "in all"]
+    parts = ("bound_s", "smaller_batches_s", "beyond_curve_s", "outside_networks_s", "whole_s", "loop_cpu_s")
+    head = ["ms a request-step", "bound", "smaller batches", "beyond the curve", "outside networks", "in all", "loop"]
     table("Where the time goes, all at once", head, [_per_step(side, one, parts) for side, one in at_once.items()])
 
 
@@ -208,4 +211,5 @@ def profile_table(answer: Answer, steps: int) -> dict[str, Any]:
     table(f"The engine's time, {steps} request-steps", ["part", "ms a step", "calls a step", "µs a call"], rows)
     outside_s = whole_s - network_s
     console.print(f"Outside networks: {1000 * outside_s / steps:.2f} ms a step, the cost of booking included.")
+    console.print(f"Beside it, the event loop's CPU: {1000 * answer['loop_cpu_s'] / steps:.2f} ms a step.")
     return {"step_count": steps, "whole_s": whole_s, "network_s": network_s, "parts": booked}

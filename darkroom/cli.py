@@ -153,6 +153,9 @@ def run(  # noqa: PLR0917 - a command's options
     count: Annotated[int | None, typer.Option(help="Images to draw.")] = None,
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     scheduler: Annotated[str, typer.Option(help="`darkroom models` lists them.")] = "",
+    lora: Annotated[list[str] | None, typer.Option(help="ID or ID:SCALE; may be given several times.")] = None,
+    step_cache: Annotated[float, typer.Option(help="Threshold, 0 to 1; 0.2 halves the work, 0 is exact.")] = 0.0,
+    frames: Annotated[int, typer.Option(help="Frames of a video. Default: the pipeline's.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds the request may take.")] = 300.0,
     router: RouterAddress = "",
     model_store: StorePath = Path(),
@@ -175,6 +178,9 @@ def run(  # noqa: PLR0917 - a command's options
         seed=seed,
         image_count=count,
         scheduler=scheduler,
+        loras=tuple(_parse_lora(text) for text in lora or ()),
+        step_cache_threshold=step_cache,
+        frame_count=frames,
         deterministic=deterministic,
     )
     store = model_store if model_store != Path() else default_store()
@@ -298,9 +304,10 @@ def models(cachemgr: CachemgrAddress = "", *, as_json: Annotated[bool, typer.Opt
 
 async def _models(cachemgr: str, *, as_json: bool) -> None:
     async with darkroom_client.Client(router_address="", cachemgr_address=_cachemgr(cachemgr)) as client:
-        found = await client.models()
+        catalogue = await client.catalogue()
+    found = catalogue.models
     if as_json:
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "model_id": m.model_id,
                 "pipeline": m.pipeline,
@@ -313,6 +320,7 @@ async def _models(cachemgr: str, *, as_json: bool) -> None:
             }
             for m in found
         ]
+        rows += [{"lora_id": lora.lora_id, "base_model_id": lora.base_model_id} for lora in catalogue.loras]
         print(json.dumps(rows))  # noqa: T201 - the answer
         return
     table = Table("model", "pipeline", "size", "default", "schedulers")
@@ -321,6 +329,9 @@ async def _models(cachemgr: str, *, as_json: bool) -> None:
         default = f"{m.default_width_px}x{m.default_height_px}, {m.default_step_count} steps"
         default += f", guidance {m.default_guidance_scale:g}"
         table.add_row(m.model_id, m.pipeline, size, default, ", ".join(m.schedulers))
+    for lora in catalogue.loras:
+        base = f"LoRA for {lora.base_model_id}" if lora.base_model_id else "LoRA"
+        table.add_row(lora.lora_id, base, f"{lora.size_bytes / 1e6:.1f} MB", f"scale {lora.default_scale:g}", "")
     _out.print(table)
 
 
@@ -329,6 +340,15 @@ def _cachemgr(address: str) -> str:
     if not address and known is None:
         raise UsageError("no cluster is up; `darkroom up` starts one, or name a cache manager with --cachemgr", 3)
     return address or (known.cachemgr if known else "")
+
+
+def _parse_lora(text: str) -> tuple[str, float | None]:
+    lora_id, colon, scale = text.partition(":")
+    try:
+        return lora_id, float(scale) if colon else None
+    except ValueError:
+        _err.print(f"[red]--lora must be ID or ID:SCALE, for example ink:0.8, not {text!r}[/]")
+        raise typer.Exit(2) from None
 
 
 def _parse_size(text: str) -> tuple[int, int] | tuple[None, None]:

@@ -137,15 +137,16 @@ class Client:
             raise StageUnavailable("router", "the stream ended without a result")
         return _drawn(result)
 
-    async def models(self) -> list[cachemgr_pb2.Model]:
-        """The catalogue."""
+    async def catalogue(self) -> cachemgr_pb2.ListModelsResponse:
+        """Models and LoRAs."""
         try:
             response = await self._cache_manager().ListModels(
                 cachemgr_pb2.ListModelsRequest(), timeout=_QUESTION_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, "cachemgr") or error from error
-        return list(response.models)
+        found: cachemgr_pb2.ListModelsResponse = response
+        return found
 
     async def replicas(self) -> list[ReplicaReport]:
         """Every stage replica that is up, each asked for its state."""

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from darkroom.errors import InvalidCall
 from darkroom.models.program import Ticket, wait_elsewhere
@@ -123,11 +122,9 @@ def _call(
     )
     reply = _wait(lambda: send(home.stage, call))
     try:
-        answer = from_tree(reply.answer, reply.tensors, device)
+        return from_tree(reply.answer, reply.tensors, device)
     except Unreadable as error:
         raise InvalidCall(home.network, f"answered what {error}") from error
-    dtype = _dtype_of(given)
-    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if dtype and t.is_floating_point() else t, answer)
 
 
 def _wait(start: Callable[[], "Future[Reply]"]) -> Reply:
@@ -145,9 +142,3 @@ def _wait(start: Callable[[], "Future[Reply]"]) -> Reply:
             future.cancel()
         raise
     return reply
-
-
-def _dtype_of(arguments: Any) -> torch.dtype | None:
-    """The type of the first argument of floating point: what the network here would answer in."""
-    tensors = (leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
-    return next((tensor.dtype for tensor in tensors), None)

@@ -44,10 +44,24 @@ class Model(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., pipeline: _Optional[str] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., schedulers: _Optional[_Iterable[str]] = ..., default_width_px: _Optional[int] = ..., default_height_px: _Optional[int] = ..., size_multiple_px: _Optional[int] = ..., default_step_count: _Optional[int] = ..., default_guidance_scale: _Optional[float] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models",)
+    __slots__ = ("models", "loras")
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+    loras: _containers.RepeatedCompositeFieldContainer[LoraModel]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., loras: _Optional[_Iterable[_Union[LoraModel, _Mapping]]] = ...) -> None: ...
+
+class LoraModel(_message.Message):
+    __slots__ = ("lora_id", "base_model_id", "default_scale", "size_bytes")
+    LORA_ID_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_SCALE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    lora_id: str
+    base_model_id: str
+    default_scale: float
+    size_bytes: int
+    def __init__(self, lora_id: _Optional[str] = ..., base_model_id: _Optional[str] = ..., default_scale: _Optional[float] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class LocateRequest(_message.Message):
     __slots__ = ("request_id", "model_id", "stage")

@@ -23,29 +23,30 @@ _sym_db = _symbol_database.Default()
 
 
 from darkroom.v1 import checkpoint_pb2 as darkroom_dot_v1_dot_checkpoint__pb2
+from darkroom.v1 import control_pb2 as darkroom_dot_v1_dot_control__pb2
 from darkroom.v1 import lora_pb2 as darkroom_dot_v1_dot_lora__pb2
 from darkroom.v1 import tensor_pb2 as darkroom_dot_v1_dot_tensor__pb2
 from darkroom.v1 import vae_pb2 as darkroom_dot_v1_dot_vae__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x61rkroom/v1/denoiser.proto\x12\x0b\x64\x61rkroom.v1\x1a\x1c\x64\x61rkroom/v1/checkpoint.proto\x1a\x16\x64\x61rkroom/v1/lora.proto\x1a\x18\x64\x61rkroom/v1/tensor.proto\x1a\x15\x64\x61rkroom/v1/vae.proto\x1a\x1egoogle/protobuf/duration.proto\"\xa0\x04\n\x0e\x44\x65noiseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12,\n\nembeddings\x18\x03 \x03(\x0b\x32\x18.darkroom.v1.NamedTensor\x12\x10\n\x08width_px\x18\x04 \x01(\x05\x12\x11\n\theight_px\x18\x05 \x01(\x05\x12\x12\n\nstep_count\x18\x06 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x03\x12\x13\n\x0bimage_count\x18\t \x01(\x05\x12\x11\n\tscheduler\x18\n \x01(\t\x12\x15\n\rdeterministic\x18\x0b \x01(\x08\x12\x1b\n\x13\x63heckpoint_interval\x18\x0c \x01(\x05\x12+\n\ncheckpoint\x18\r \x01(\x0b\x32\x17.darkroom.v1.Checkpoint\x12\x11\n\tfrom_step\x18\x0e \x01(\x05\x12\x0f\n\x07to_step\x18\x0f \x01(\x05\x12\r\n\x05\x65poch\x18\x10 \x01(\x03\x12\x10\n\x08priority\x18\x11 \x01(\x05\x12\x0e\n\x06tenant\x18\x12 \x01(\t\x12\x0e\n\x06run_id\x18\x13 \x01(\t\x12 \n\x05loras\x18\x14 \x03(\x0b\x32\x11.darkroom.v1.Lora\x12\x1c\n\x14step_cache_threshold\x18\x15 \x01(\x01\x12\x18\n\x10preview_interval\x18\x16 \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x17 \x01(\x05\"\xa6\x01\n\x0f\x44\x65noiseResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1c.darkroom.v1.DenoiseProgressH\x00\x12,\n\x06result\x18\x02 \x01(\x0b\x32\x1a.darkroom.v1.DenoiseResultH\x00\x12*\n\x05\x61live\x18\x03 \x01(\x0b\x32\x19.darkroom.v1.DenoiseAliveH\x00\x42\x07\n\x05\x65vent\"\x1f\n\x0c\x44\x65noiseAlive\x12\x0f\n\x07started\x18\x01 \x01(\x08\"\x86\x01\n\x0f\x44\x65noiseProgress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nstep_count\x18\x02 \x01(\x05\x12+\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x17.darkroom.v1.Checkpoint\x12$\n\x08previews\x18\x04 \x03(\x0b\x32\x12.darkroom.v1.Image\"\xd4\x01\n\rDenoiseResult\x12$\n\x07latents\x18\x01 \x01(\x0b\x32\x13.darkroom.v1.Tensor\x12/\n\x0crun_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rforward_count\x18\x03 \x01(\x05\x12\x1d\n\x15\x62\x61tched_forward_count\x18\x04 \x01(\x05\x12\x18\n\x10pushed_out_count\x18\x05 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_forward_count\x18\x06 \x01(\x05\x32Y\n\x0f\x44\x65noiserService\x12\x46\n\x07\x44\x65noise\x12\x1b.darkroom.v1.DenoiseRequest\x1a\x1c.darkroom.v1.DenoiseResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x61rkroom/v1/denoiser.proto\x12\x0b\x64\x61rkroom.v1\x1a\x1c\x64\x61rkroom/v1/checkpoint.proto\x1a\x19\x64\x61rkroom/v1/control.proto\x1a\x16\x64\x61rkroom/v1/lora.proto\x1a\x18\x64\x61rkroom/v1/tensor.proto\x1a\x15\x64\x61rkroom/v1/vae.proto\x1a\x1egoogle/protobuf/duration.proto\"\x89\x05\n\x0e\x44\x65noiseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12,\n\nembeddings\x18\x03 \x03(\x0b\x32\x18.darkroom.v1.NamedTensor\x12\x10\n\x08width_px\x18\x04 \x01(\x05\x12\x11\n\theight_px\x18\x05 \x01(\x05\x12\x12\n\nstep_count\x18\x06 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x07 \x01(\x01\x12\x0c\n\x04seed\x18\x08 \x01(\x03\x12\x13\n\x0bimage_count\x18\t \x01(\x05\x12\x11\n\tscheduler\x18\n \x01(\t\x12\x15\n\rdeterministic\x18\x0b \x01(\x08\x12\x1b\n\x13\x63heckpoint_interval\x18\x0c \x01(\x05\x12+\n\ncheckpoint\x18\r \x01(\x0b\x32\x17.darkroom.v1.Checkpoint\x12\x11\n\tfrom_step\x18\x0e \x01(\x05\x12\x0f\n\x07to_step\x18\x0f \x01(\x05\x12\r\n\x05\x65poch\x18\x10 \x01(\x03\x12\x10\n\x08priority\x18\x11 \x01(\x05\x12\x0e\n\x06tenant\x18\x12 \x01(\t\x12\x0e\n\x06run_id\x18\x13 \x01(\t\x12 \n\x05loras\x18\x14 \x03(\x0b\x32\x11.darkroom.v1.Lora\x12\x1c\n\x14step_cache_threshold\x18\x15 \x01(\x01\x12\x18\n\x10preview_interval\x18\x16 \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x17 \x01(\x05\x12\r\n\x05image\x18\x18 \x01(\x0c\x12\x0c\n\x04mask\x18\x19 \x01(\x0c\x12\x15\n\x08strength\x18\x1a \x01(\x01H\x00\x88\x01\x01\x12&\n\x08\x63ontrols\x18\x1b \x03(\x0b\x32\x14.darkroom.v1.ControlB\x0b\n\t_strength\"\xa6\x01\n\x0f\x44\x65noiseResponse\x12\x30\n\x08progress\x18\x01 \x01(\x0b\x32\x1c.darkroom.v1.DenoiseProgressH\x00\x12,\n\x06result\x18\x02 \x01(\x0b\x32\x1a.darkroom.v1.DenoiseResultH\x00\x12*\n\x05\x61live\x18\x03 \x01(\x0b\x32\x19.darkroom.v1.DenoiseAliveH\x00\x42\x07\n\x05\x65vent\"\x1f\n\x0c\x44\x65noiseAlive\x12\x0f\n\x07started\x18\x01 \x01(\x08\"\x86\x01\n\x0f\x44\x65noiseProgress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x12\n\nstep_count\x18\x02 \x01(\x05\x12+\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x17.darkroom.v1.Checkpoint\x12$\n\x08previews\x18\x04 \x03(\x0b\x32\x12.darkroom.v1.Image\"\xd4\x01\n\rDenoiseResult\x12$\n\x07latents\x18\x01 \x01(\x0b\x32\x13.darkroom.v1.Tensor\x12/\n\x0crun_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rforward_count\x18\x03 \x01(\x05\x12\x1d\n\x15\x62\x61tched_forward_count\x18\x04 \x01(\x05\x12\x18\n\x10pushed_out_count\x18\x05 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_forward_count\x18\x06 \x01(\x05\x32Y\n\x0f\x44\x65noiserService\x12\x46\n\x07\x44\x65noise\x12\x1b.darkroom.v1.DenoiseRequest\x1a\x1c.darkroom.v1.DenoiseResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'darkroom.v1.denoiser_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DENOISEREQUEST']._serialized_start=179
-  _globals['_DENOISEREQUEST']._serialized_end=723
-  _globals['_DENOISERESPONSE']._serialized_start=726
-  _globals['_DENOISERESPONSE']._serialized_end=892
-  _globals['_DENOISEALIVE']._serialized_start=894
-  _globals['_DENOISEALIVE']._serialized_end=925
-  _globals['_DENOISEPROGRESS']._serialized_start=928
-  _globals['_DENOISEPROGRESS']._serialized_end=1062
-  _globals['_DENOISERESULT']._serialized_start=1065
-  _globals['_DENOISERESULT']._serialized_end=1277
-  _globals['_DENOISERSERVICE']._serialized_start=1279
-  _globals['_DENOISERSERVICE']._serialized_end=1368
+  _globals['_DENOISEREQUEST']._serialized_start=206
+  _globals['_DENOISEREQUEST']._serialized_end=855
+  _globals['_DENOISERESPONSE']._serialized_start=858
+  _globals['_DENOISERESPONSE']._serialized_end=1024
+  _globals['_DENOISEALIVE']._serialized_start=1026
+  _globals['_DENOISEALIVE']._serialized_end=1057
+  _globals['_DENOISEPROGRESS']._serialized_start=1060
+  _globals['_DENOISEPROGRESS']._serialized_end=1194
+  _globals['_DENOISERESULT']._serialized_start=1197
+  _globals['_DENOISERESULT']._serialized_end=1409
+  _globals['_DENOISERSERVICE']._serialized_start=1411
+  _globals['_DENOISERSERVICE']._serialized_end=1500
 # @@protoc_insertion_point(module_scope)

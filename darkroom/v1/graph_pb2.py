@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from darkroom.v1 import control_pb2 as darkroom_dot_v1_dot_control__pb2
 from darkroom.v1 import lora_pb2 as darkroom_dot_v1_dot_lora__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61rkroom/v1/graph.proto\x12\x0b\x64\x61rkroom.v1\x1a\x16\x64\x61rkroom/v1/lora.proto\"K\n\x05Graph\x12 \n\x05nodes\x18\x01 \x03(\x0b\x32\x11.darkroom.v1.Node\x12 \n\x05\x65\x64ges\x18\x02 \x03(\x0b\x32\x11.darkroom.v1.Edge\"\x9a\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\x0b\x65ncode_text\x18\x02 \x01(\x0b\x32\x17.darkroom.v1.EncodeTextH\x00\x12\'\n\x07\x64\x65noise\x18\x03 \x01(\x0b\x32\x14.darkroom.v1.DenoiseH\x00\x12%\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x13.darkroom.v1.DecodeH\x00\x42\x06\n\x04work\"N\n\x04\x45\x64ge\x12\x11\n\tfrom_node\x18\x01 \x01(\t\x12\x11\n\tfrom_port\x18\x02 \x01(\t\x12\x0f\n\x07to_node\x18\x03 \x01(\t\x12\x0f\n\x07to_port\x18\x04 \x01(\t\"y\n\nEncodeText\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x03 \x01(\t\x12\x0e\n\x06guided\x18\x04 \x01(\x08\x12 \n\x05loras\x18\x05 \x03(\x0b\x32\x11.darkroom.v1.Lora\"\x91\x02\n\x07\x44\x65noise\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08width_px\x18\x02 \x01(\x05\x12\x11\n\theight_px\x18\x03 \x01(\x05\x12\x12\n\nstep_count\x18\x04 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x05 \x01(\x01\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x12\x13\n\x0bimage_count\x18\x07 \x01(\x05\x12\x11\n\tscheduler\x18\x08 \x01(\t\x12 \n\x05loras\x18\t \x03(\x0b\x32\x11.darkroom.v1.Lora\x12\x1c\n\x14step_cache_threshold\x18\n \x01(\x01\x12\x18\n\x10preview_interval\x18\x0b \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x0c \x01(\x05\"\x86\x01\n\x06\x44\x65\x63ode\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x37\n\nparameters\x18\x02 \x03(\x0b\x32#.darkroom.v1.Decode.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61rkroom/v1/graph.proto\x12\x0b\x64\x61rkroom.v1\x1a\x19\x64\x61rkroom/v1/control.proto\x1a\x16\x64\x61rkroom/v1/lora.proto\"K\n\x05Graph\x12 \n\x05nodes\x18\x01 \x03(\x0b\x32\x11.darkroom.v1.Node\x12 \n\x05\x65\x64ges\x18\x02 \x03(\x0b\x32\x11.darkroom.v1.Edge\"\x9a\x01\n\x04Node\x12\n\n\x02id\x18\x01 \x01(\t\x12.\n\x0b\x65ncode_text\x18\x02 \x01(\x0b\x32\x17.darkroom.v1.EncodeTextH\x00\x12\'\n\x07\x64\x65noise\x18\x03 \x01(\x0b\x32\x14.darkroom.v1.DenoiseH\x00\x12%\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x13.darkroom.v1.DecodeH\x00\x42\x06\n\x04work\"N\n\x04\x45\x64ge\x12\x11\n\tfrom_node\x18\x01 \x01(\t\x12\x11\n\tfrom_port\x18\x02 \x01(\t\x12\x0f\n\x07to_node\x18\x03 \x01(\t\x12\x0f\n\x07to_port\x18\x04 \x01(\t\"y\n\nEncodeText\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x03 \x01(\t\x12\x0e\n\x06guided\x18\x04 \x01(\x08\x12 \n\x05loras\x18\x05 \x03(\x0b\x32\x11.darkroom.v1.Lora\"\xfa\x02\n\x07\x44\x65noise\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08width_px\x18\x02 \x01(\x05\x12\x11\n\theight_px\x18\x03 \x01(\x05\x12\x12\n\nstep_count\x18\x04 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x05 \x01(\x01\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x12\x13\n\x0bimage_count\x18\x07 \x01(\x05\x12\x11\n\tscheduler\x18\x08 \x01(\t\x12 \n\x05loras\x18\t \x03(\x0b\x32\x11.darkroom.v1.Lora\x12\x1c\n\x14step_cache_threshold\x18\n \x01(\x01\x12\x18\n\x10preview_interval\x18\x0b \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x0c \x01(\x05\x12\r\n\x05image\x18\r \x01(\x0c\x12\x0c\n\x04mask\x18\x0e \x01(\x0c\x12\x15\n\x08strength\x18\x0f \x01(\x01H\x00\x88\x01\x01\x12&\n\x08\x63ontrols\x18\x10 \x03(\x0b\x32\x14.darkroom.v1.ControlB\x0b\n\t_strength\"\x86\x01\n\x06\x44\x65\x63ode\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x37\n\nparameters\x18\x02 \x03(\x0b\x32#.darkroom.v1.Decode.ParametersEntry\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,18 +35,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DECODE_PARAMETERSENTRY']._loaded_options = None
   _globals['_DECODE_PARAMETERSENTRY']._serialized_options = b'8\001'
-  _globals['_GRAPH']._serialized_start=64
-  _globals['_GRAPH']._serialized_end=139
-  _globals['_NODE']._serialized_start=142
-  _globals['_NODE']._serialized_end=296
-  _globals['_EDGE']._serialized_start=298
-  _globals['_EDGE']._serialized_end=376
-  _globals['_ENCODETEXT']._serialized_start=378
-  _globals['_ENCODETEXT']._serialized_end=499
-  _globals['_DENOISE']._serialized_start=502
-  _globals['_DENOISE']._serialized_end=775
-  _globals['_DECODE']._serialized_start=778
-  _globals['_DECODE']._serialized_end=912
-  _globals['_DECODE_PARAMETERSENTRY']._serialized_start=863
-  _globals['_DECODE_PARAMETERSENTRY']._serialized_end=912
+  _globals['_GRAPH']._serialized_start=91
+  _globals['_GRAPH']._serialized_end=166
+  _globals['_NODE']._serialized_start=169
+  _globals['_NODE']._serialized_end=323
+  _globals['_EDGE']._serialized_start=325
+  _globals['_EDGE']._serialized_end=403
+  _globals['_ENCODETEXT']._serialized_start=405
+  _globals['_ENCODETEXT']._serialized_end=526
+  _globals['_DENOISE']._serialized_start=529
+  _globals['_DENOISE']._serialized_end=907
+  _globals['_DECODE']._serialized_start=910
+  _globals['_DECODE']._serialized_end=1044
+  _globals['_DECODE_PARAMETERSENTRY']._serialized_start=995
+  _globals['_DECODE_PARAMETERSENTRY']._serialized_end=1044
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from darkroom.v1 import control_pb2 as _control_pb2
 from darkroom.v1 import lora_pb2 as _lora_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -54,7 +55,7 @@ class EncodeText(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., guided: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ...) -> None: ...
 
 class Denoise(_message.Message):
-    __slots__ = ("model_id", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "loras", "step_cache_threshold", "preview_interval", "frame_count")
+    __slots__ = ("model_id", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "loras", "step_cache_threshold", "preview_interval", "frame_count", "image", "mask", "strength", "controls")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     WIDTH_PX_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_PX_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +68,10 @@ class Denoise(_message.Message):
     STEP_CACHE_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     FRAME_COUNT_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    CONTROLS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     width_px: int
     height_px: int
@@ -79,7 +84,11 @@ class Denoise(_message.Message):
     step_cache_threshold: float
     preview_interval: int
     frame_count: int
-    def __init__(self, model_id: _Optional[str] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., step_cache_threshold: _Optional[float] = ..., preview_interval: _Optional[int] = ..., frame_count: _Optional[int] = ...) -> None: ...
+    image: bytes
+    mask: bytes
+    strength: float
+    controls: _containers.RepeatedCompositeFieldContainer[_control_pb2.Control]
+    def __init__(self, model_id: _Optional[str] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., step_cache_threshold: _Optional[float] = ..., preview_interval: _Optional[int] = ..., frame_count: _Optional[int] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ...) -> None: ...
 
 class Decode(_message.Message):
     __slots__ = ("model_id", "parameters")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from darkroom.errors import InvalidField, ModelNotFound, RegistryUnavailable
-from darkroom.registry.catalogue import ModelEntry
+from darkroom.registry.catalogue import LoraEntry, ModelEntry
 from darkroom.registry.membership import ClusterView
 from darkroom.registry.port import Member
 
@@ -35,6 +35,10 @@ class Holdings:
     def models(self) -> tuple[ModelEntry, ...]:
         """The catalogue, by id."""
         return self._ready().models()
+
+    def loras(self) -> tuple[LoraEntry, ...]:
+        """The catalogue's LoRAs, by id."""
+        return self._ready().loras()
 
     def describe(self) -> tuple[Holding, ...]:
         """Every stage replica that is up."""

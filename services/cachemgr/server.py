@@ -2,7 +2,7 @@
 
 import grpc
 
-from darkroom.registry.catalogue import ModelEntry
+from darkroom.registry.catalogue import LoraEntry, ModelEntry
 from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, stage_pb2
 from darkroom.wire import fields
 from services.cachemgr.holdings import Holding, Holdings
@@ -19,7 +19,10 @@ class CacheManagerServicer(cachemgr_pb2_grpc.CacheManagerServiceServicer):
     ) -> cachemgr_pb2.ListModelsResponse:
         """Lists the catalogue."""
         del request, context
-        return cachemgr_pb2.ListModelsResponse(models=[_model(entry) for entry in self._holdings.models()])
+        return cachemgr_pb2.ListModelsResponse(
+            models=[_model(entry) for entry in self._holdings.models()],
+            loras=[_lora(entry) for entry in self._holdings.loras()],
+        )
 
     async def Locate(
         self, request: cachemgr_pb2.LocateRequest, context: grpc.aio.ServicerContext
@@ -53,6 +56,15 @@ def _replica(holding: Holding) -> cachemgr_pb2.Replica:
         address=member.address,
         device=member.device,
         model_ids=holding.model_ids,
+    )
+
+
+def _lora(entry: LoraEntry) -> cachemgr_pb2.LoraModel:
+    return cachemgr_pb2.LoraModel(
+        lora_id=entry.lora_id,
+        base_model_id=entry.base_model or "",
+        default_scale=entry.default_scale,
+        size_bytes=entry.size_bytes,
     )
 
 

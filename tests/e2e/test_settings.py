@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from darkroom.client import Client, Drawing, Progress
 from darkroom.errors import InvalidField, LoraNotFound
+from darkroom.runtime.cluster import LocalCluster
 from tests.models.oracle import SIZE_PX
 from tests.tiny_loras import save_lora_for
 
@@ -137,3 +139,20 @@ async def test_a_video_has_as_many_frames_as_are_asked_for_and_an_image_has_none
     with pytest.raises(InvalidField) as refused:
         await client.draw(Drawing(**{**_fields(TINY), "frame_count": 5}))
     assert refused.value.facts["field"] == "frame_count"
+
+
+async def test_the_catalogue_and_the_command_know_loras(client: Client, cluster: LocalCluster, tmp_path: Path) -> None:
+    await drawn_once_known(client, Drawing(**{**_fields(TINY), "loras": (("gold", None),)}))
+    listed = {lora.lora_id: lora for lora in (await client.catalogue()).loras}
+    assert (listed["gold"].base_model_id, listed["gold"].default_scale) == ("tiny-sd", 0.5)
+    assert listed["ink"].base_model_id == "tiny-sd"
+    files = {}
+    for name, options in {"with": ["--lora", "ink:0.7", "--lora", "gold"], "without": []}.items():
+        files[name] = tmp_path / f"{name}.png"
+        command = [sys.executable, "-m", "darkroom.cli", "run", TINY.prompt, "--output", str(files[name])]
+        more = ["--model", "tiny-sd", "--size", "32x32", "--steps", "4", "--seed", "1", "--step-cache", "0.1", *options]
+        process = await asyncio.create_subprocess_exec(*command, *more, "--router", cluster.addresses.router)
+        assert await process.wait() == 0
+    assert Image.open(files["with"]).info["loras"] == "ink:0.7, gold:0.5"
+    assert Image.open(files["with"]).info["step_cache"] == "0.1"
+    assert not np.array_equal(*(pixels(file.read_bytes()) for file in files.values()))
