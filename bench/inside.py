@@ -15,7 +15,9 @@ from bench.stopwatch import Stopwatch
 from bench.worker import Answer, Question, answer_lines, worker_flags
 from darkroom.models import denoising, programs
 from darkroom.models.executor import Executor
+from darkroom.models.journal import Journal
 from darkroom.models.loader import Part, load_part
+from darkroom.models.program import Ticket
 from darkroom.wire.tasks import DecodeTask, DenoiseTask, EncodeTask
 from darkroom.wire.tensors import RawTensor
 
@@ -43,7 +45,9 @@ class InsidePipeline:
         encode, denoise, decode = _works(self._model_id, task, denoiser)
         times: Answer = {}
         embeddings = self._time(times, "encode_s", lambda: programs.encode(encoder, encode))
-        latents = self._time(times, "denoise_s", lambda: denoising.denoise(denoiser, denoise, embeddings, _ignore))
+        latents = self._time(
+            times, "denoise_s", lambda: denoising.denoise(denoiser, denoise, embeddings, Journal(Ticket()))
+        )
         images = self._time(times, "decode_s", lambda: programs.decode(vae, decode, latents))
         start_s = time.perf_counter()
         images[0].save(io.BytesIO(), format="PNG")
@@ -54,10 +58,6 @@ class InsidePipeline:
         answer = self._executor.submit(program)[0].result()
         times[name] = time.perf_counter() - start_s
         return answer
-
-
-def _ignore(step: int, step_count: int) -> None:
-    """Takes the place of progress events."""
 
 
 def _works(model_id: str, task: Question, denoiser: Part) -> tuple[EncodeTask, DenoiseTask, DecodeTask]:

@@ -19,6 +19,7 @@ from darkroom.v1 import (
     stage_pb2,
     stage_pb2_grpc,
 )
+from darkroom.wire.conditions import NO_CONDITIONS, ConditionFiles, fill
 from darkroom.wire.status import from_rpc_error
 from darkroom.wire.times import seconds
 
@@ -48,6 +49,8 @@ class Drawing:
     """Steps between previews; 0 means none."""
     frame_count: int = 0
     """Frames of a video; 0 means the pipeline's default."""
+    conditions: ConditionFiles = NO_CONDITIONS
+    """Pictures to start from or be led by."""
     priority: int = 0
     tenant: str = ""
     deterministic: bool = False
@@ -179,7 +182,7 @@ def stage_name(stage: int) -> str:
 
 
 def _request(drawing: Drawing) -> router_pb2.GenerateRequest:
-    return router_pb2.GenerateRequest(
+    request = router_pb2.GenerateRequest(
         request_id=drawing.request_id,
         model_id=drawing.model_id,
         prompt=drawing.prompt,
@@ -199,6 +202,8 @@ def _request(drawing: Drawing) -> router_pb2.GenerateRequest:
         priority=drawing.priority,
         tenant=drawing.tenant,
     )
+    fill(request, drawing.conditions)
+    return request
 
 
 def _drawn(result: router_pb2.GenerateResult) -> Drawn:

@@ -117,14 +117,6 @@ _ROWS = (
         time_id_count=6,
     ),
     Family(
-        # the refiner of StableDiffusionXLPipeline: an aesthetic score in place of the target size
-        pipeline="StableDiffusionXLImg2ImgPipeline",
-        denoisers=("unet",),
-        encodings=(Encoding(returns=(PROMPT, NEGATIVE, POOLED, NEGATIVE_POOLED)),),
-        widths=_both("cross_attention_dim", PROMPT) | _both("projection_class_embeddings_input_dim", POOLED),
-        time_id_count=5,
-    ),
-    Family(
         pipeline="StableDiffusion3Pipeline",
         encodings=(Encoding(returns=(PROMPT, NEGATIVE, POOLED, NEGATIVE_POOLED)),),
         widths=_both("joint_attention_dim", PROMPT) | _both("pooled_projection_dim", POOLED),
@@ -255,6 +247,21 @@ _ROWS = (
 
 FAMILIES: Mapping[str, Family] = {row.pipeline: row for row in _ROWS}
 """Rows by pipeline class name."""
+
+REFINERS: Mapping[str, Family] = {
+    row.pipeline: row
+    for row in (
+        Family(
+            # an aesthetic score in place of the target size that StableDiffusionXLPipeline has
+            pipeline="StableDiffusionXLImg2ImgPipeline",
+            denoisers=("unet",),
+            encodings=(Encoding(returns=(PROMPT, NEGATIVE, POOLED, NEGATIVE_POOLED)),),
+            widths=_both("cross_attention_dim", PROMPT) | _both("projection_class_embeddings_input_dim", POOLED),
+            time_id_count=5,
+        ),
+    )
+}
+"""Rows of classes that take over another model's latents, or an image, and draw nothing from the text alone."""
 
 _KLEIN = (
     "its call reads the VAE's batch statistics, which the denoiser stage does not hold, and gives latents out already"

@@ -25,7 +25,7 @@ from torch.utils._pytree import register_pytree_node
 from transformers import PreTrainedModel
 
 from darkroom.errors import UnusableModel
-from darkroom.families import FAMILIES, UNSUPPORTED, Family
+from darkroom.families import FAMILIES, REFINERS, UNSUPPORTED, Family
 from darkroom.models.derived import NotDerivable, derived_family
 from darkroom.models.previews import PreviewMap, load_map
 from darkroom.models.remote import Home, Remote, Send
@@ -149,8 +149,8 @@ def _read_index(folder: Path, model_id: str) -> dict[str, Any]:
 def _family_of(index: dict[str, Any], model_id: str) -> Family:
     """The table's row, or one read off the class. A model made for inpainting is of the family that it repaints for."""
     name = str(index.get("_class_name"))
-    if name in FAMILIES:
-        return FAMILIES[name]
+    if name in FAMILIES or name in REFINERS:
+        return FAMILIES.get(name) or REFINERS[name]
     for key, kind in AUTO_INPAINT_PIPELINES_MAPPING.items():
         whole = AUTO_TEXT2IMAGE_PIPELINES_MAPPING.get(key)
         if kind.__name__ == name and whole is not None and whole.__name__ in FAMILIES:

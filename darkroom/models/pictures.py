@@ -14,12 +14,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from darkroom.errors import InvalidField
+from darkroom.wire.conditions import MAX_FILE_BYTES
 
-MAX_PICTURE_BYTES = 16 << 20
 _MAX_JPEG_SCANS = 64
 """Each scan of a progressive JPEG is a pass over the whole picture; cameras and programs write about ten."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"})
+_JPEG_MARK = 0xFF
 _JPEG_BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})
 _JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _FAR_TOO_MANY_PARTS = 10_000
@@ -94,8 +95,8 @@ def _header(data: bytes) -> _Header:
     """The kind and size of the file, by its content."""
     if not data:
         raise _Unreadable("is empty")
-    if len(data) > MAX_PICTURE_BYTES:
-        raise _Unreadable(f"must be at most {MAX_PICTURE_BYTES} bytes, not {len(data)}")
+    if len(data) > MAX_FILE_BYTES:
+        raise _Unreadable(f"must be at most {MAX_FILE_BYTES} bytes, not {len(data)}")
     try:
         if data.startswith(_PNG_SIGNATURE + b"\0\0\0\x0dIHDR"):
             return _Header("PNG", *struct.unpack_from(">II", data, 16))
@@ -112,13 +113,13 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Width and height from the frame header, which comes after segments of any number (ITU T.81, B.1.1 and B.2.2)."""
     position = 2
     for _ in range(_FAR_TOO_MANY_PARTS):
-        if data[position] != 0xFF:
+        if data[position] != _JPEG_MARK:
             raise _Unreadable("is a broken JPEG file")
         marker = data[position + 1]
         if marker in _JPEG_SIZE_MARKERS:
             height, width = struct.unpack_from(">HH", data, position + 5)
             return width, height
-        if marker == 0xFF:
+        if marker == _JPEG_MARK:
             position += 1
         elif marker in _JPEG_BARE_MARKERS:
             position += 2

@@ -6,7 +6,7 @@ own copy of the variant is what a request runs in place of the part's pipeline; 
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,10 @@ from darkroom.errors import InvalidField
 from darkroom.models.controlnets import ControlNet, together
 from darkroom.models.journal import Journal
 from darkroom.models.loader import Part
+from darkroom.models.pictures import decode_picture
 from darkroom.models.standins import StandIn
+from darkroom.wire.conditions import ConditionFiles
 
-MAX_CONTROLS = 4
-MAX_CONTROL_SCALE = 10.0
 _TABLES = (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING)
 _WITH_CONTROLS = "-controlnet"
 
@@ -63,6 +63,28 @@ class Conditions:
 UNCONDITIONED = Conditions()
 
 
+def read_conditions(files: ConditionFiles, nets: Sequence[ControlNet], *, width_px: int, height_px: int) -> Conditions:
+    """The conditions of a request for this size, its files decoded; `nets` are those of its controls, in order.
+
+    Raises InvalidField naming the file that is no picture of this size.
+    """
+    return Conditions(
+        image=decode_picture("image", files.image, width_px, height_px, "RGB") if files.image else None,
+        mask=decode_picture("mask", files.mask, width_px, height_px, "L") if files.mask else None,
+        strength=files.strength,
+        controls=tuple(
+            Control(
+                net=net,
+                picture=decode_picture(f"controls[{position}].image", use.image, width_px, height_px, "RGB"),
+                scale=use.scale,
+                start=use.start,
+                end=use.end,
+            )
+            for position, (use, net) in enumerate(zip(files.controls, nets, strict=True))
+        ),
+    )
+
+
 def variant(part: Part, conditions: Conditions) -> DiffusionPipeline:
     """The pipeline for these conditions, shared by requests; the part's own where there are none.
 
@@ -79,8 +101,6 @@ def variant(part: Part, conditions: Conditions) -> DiffusionPipeline:
 
 def _variant_class(part: Part, conditions: Conditions) -> type:
     own, (whole, from_image, masked) = type(part.pipeline), _TABLES
-    if conditions.mask is not None and conditions.image is None:
-        raise InvalidField("mask", "needs an image")
     if conditions.mask is not None:
         table, needed, field = masked, {"image", "mask_image"}, "mask"
     elif conditions.image is not None:
@@ -178,42 +198,24 @@ class Scaled(StandIn):
 
 
 def check_conditions(part: Part, conditions: Conditions, step_count: int) -> None:
-    """Raises InvalidField unless the model can draw under these conditions."""
-    _check_controls(part, conditions.controls)
+    """Raises InvalidField unless the model can draw under these conditions, each of which is sound by itself."""
+    for position, control in enumerate(conditions.controls):
+        problem = control.net.misfit(part)
+        if problem:
+            raise InvalidField(f"controls[{position}]", f"({control.net.model_id}) {problem}")
     if conditions.mask is None and part.denoiser_config.get("in_channels", 0) > _channels(part):
         raise InvalidField("mask", "is missing: this model draws only inside one")
-    _check_strength(_variant_class(part, conditions), conditions, step_count)
+    kind = _variant_class(part, conditions)
+    if conditions.image is None:
+        return
+    strength = conditions.strength
+    if strength is None:
+        strength = float(_parameters(kind.__call__)["strength"].default)
+    if int(step_count * strength) < 1:
+        raise InvalidField("strength", f"of {strength} leaves none of {step_count} steps")
 
 
 def _channels(part: Part) -> float:
     """Channels of the model's latents, as the VAE says; an inpainting UNet takes more."""
     channels: int | None = getattr(part.pipeline.vae.config, "latent_channels", None)
     return math.inf if channels is None or part.family.latents != "BCHW" else channels
-
-
-def _check_strength(kind: type, conditions: Conditions, step_count: int) -> None:
-    strength = conditions.strength
-    if conditions.image is None:
-        if strength is not None:
-            raise InvalidField("strength", "needs an image")
-        return
-    if strength is None:
-        strength = float(_parameters(kind.__call__)["strength"].default)
-    if not 0 < strength <= 1:
-        raise InvalidField("strength", f"must be more than 0 and at most 1, not {strength}")
-    if int(step_count * strength) < 1:
-        raise InvalidField("strength", f"of {strength} leaves none of {step_count} steps")
-
-
-def _check_controls(part: Part, controls: tuple[Control, ...]) -> None:
-    if len(controls) > MAX_CONTROLS:
-        raise InvalidField("controls", f"must be at most {MAX_CONTROLS}, not {len(controls)}")
-    for position, control in enumerate(controls):
-        field = f"controls[{position}]"
-        if not 0 <= control.scale <= MAX_CONTROL_SCALE:
-            raise InvalidField(f"{field}.scale", f"must be 0 to {MAX_CONTROL_SCALE:g}, not {control.scale}")
-        if not 0 <= control.start < control.end <= 1:
-            raise InvalidField(f"{field}.start", f"must be 0 to 1 and before end, not {control.start}")
-        problem = control.net.misfit(part)
-        if problem:
-            raise InvalidField(field, f"({control.net.model_id}) {problem}")

@@ -8,6 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from darkroom.errors import InvalidField, InvalidGraph
 from darkroom.v1 import graph_pb2
 from darkroom.wire import fields
+from darkroom.wire.conditions import NO_CONDITIONS, ConditionFiles, parse_conditions
 from darkroom.wire.tasks import LoraUse, parse_loras
 
 MAX_NODES = 64
@@ -41,6 +42,7 @@ class DenoiseWork:
     step_cache_threshold: float = 0.0
     preview_interval: int = 0
     frame_count: int = 0
+    conditions: ConditionFiles = NO_CONDITIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +174,7 @@ def _parse_denoise(message: graph_pb2.Denoise) -> DenoiseWork:
         step_cache_threshold=fields.check_step_cache_threshold(message.step_cache_threshold),
         preview_interval=fields.check_range("preview_interval", message.preview_interval, 0, fields.MAX_STEPS),
         frame_count=fields.check_range("frame_count", message.frame_count, 0, fields.MAX_FRAMES),
+        conditions=parse_conditions(message),
     )
 
 

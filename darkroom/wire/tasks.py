@@ -9,6 +9,7 @@ from darkroom.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from darkroom.v1 import denoiser_pb2, encoder_pb2, lora_pb2, tensor_pb2, vae_pb2
 from darkroom.wire import fields
 from darkroom.wire.checkpoints import Checkpoint, parse_checkpoint
+from darkroom.wire.conditions import NO_CONDITIONS, ConditionFiles, parse_conditions
 from darkroom.wire.tensors import RawTensor, RemoteTensor, digest_of, parse_tensor
 
 _ALL_SCHEDULERS = (*DIFFUSION_SCHEDULERS, *FLOW_SCHEDULERS)
@@ -66,6 +67,7 @@ class DenoiseTask:
     step_cache_threshold: float = 0.0
     preview_interval: int = 0
     frame_count: int = 0
+    conditions: ConditionFiles = NO_CONDITIONS
 
     @property
     def digest(self) -> str:
@@ -77,6 +79,7 @@ class DenoiseTask:
             [self.step_count, self.to_step, self.scheduler, self.guidance_scale, self.seed],
             [[use.lora_id, use.scale] for use in self.loras],
             self.step_cache_threshold,
+            self.conditions.digests(),
         ]
         return digest_of(json.dumps(content).encode())
 
@@ -136,6 +139,7 @@ def parse_denoise(message: denoiser_pb2.DenoiseRequest) -> DenoiseTask:
         step_cache_threshold=fields.check_step_cache_threshold(message.step_cache_threshold),
         preview_interval=fields.check_range("preview_interval", message.preview_interval, 0, fields.MAX_STEPS),
         frame_count=fields.check_range("frame_count", message.frame_count, 0, fields.MAX_FRAMES),
+        conditions=parse_conditions(message),
     )
 
 

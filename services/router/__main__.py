@@ -6,7 +6,7 @@ import secrets
 from darkroom.registry.etcd import EtcdRegistry
 from darkroom.registry.membership import ClusterView, Registration
 from darkroom.registry.port import Member
-from darkroom.runtime.channels import Channels
+from darkroom.runtime.channels import MAX_MESSAGE_BYTES, Channels
 from darkroom.runtime.config import read_config
 from darkroom.runtime.logs import configure_logs
 from darkroom.runtime.server import Mounted, Server
@@ -16,7 +16,7 @@ from services.router.running import GraphRunner
 from services.router.server import RouterServicer
 from services.router.stages import GrpcStages
 
-_MAX_REQUEST_BYTES = 4 << 20
+_MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES
 
 
 async def main(config: RouterConfig) -> None:

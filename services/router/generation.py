@@ -9,6 +9,7 @@ from darkroom.errors import InvalidField, InvalidGraph, LoraNotFound, ModelNotFo
 from darkroom.registry.catalogue import ModelEntry
 from darkroom.registry.membership import ClusterView
 from darkroom.wire import fields
+from darkroom.wire.conditions import NO_CONDITIONS, ConditionFiles
 from darkroom.wire.graphs import DecodeWork, DenoiseWork, EncodeTextWork, Graph, make_graph
 from darkroom.wire.tasks import LoraUse
 
@@ -33,6 +34,7 @@ class Prompted:
     step_cache_threshold: float = 0.0
     preview_interval: int = 0
     frame_count: int = 0
+    conditions: ConditionFiles = NO_CONDITIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ def plan_generation(request: Prompted, view: ClusterView) -> Plan:
         step_cache_threshold=request.step_cache_threshold,
         preview_interval=request.preview_interval,
         frame_count=request.frame_count,
+        conditions=request.conditions,
     )
     _check_denoise(denoise, entry)
     _check_loras(request.loras, request.model_id, view)

@@ -11,6 +11,7 @@ from darkroom.registry.membership import ClusterView
 from darkroom.runtime.server import time_left_s
 from darkroom.v1 import router_pb2, router_pb2_grpc, vae_pb2
 from darkroom.wire import fields
+from darkroom.wire.conditions import parse_conditions
 from darkroom.wire.graphs import parse_graph
 from darkroom.wire.tasks import parse_loras
 from darkroom.wire.times import duration
@@ -86,6 +87,7 @@ def _prompted(message: router_pb2.GenerateRequest, default_model: str, view: Clu
         step_cache_threshold=fields.check_step_cache_threshold(message.step_cache_threshold),
         preview_interval=fields.check_range("preview_interval", message.preview_interval, 0, fields.MAX_STEPS),
         frame_count=fields.check_range("frame_count", message.frame_count, 0, fields.MAX_FRAMES),
+        conditions=parse_conditions(message),
     )
 
 

@@ -14,6 +14,7 @@ from darkroom.v1 import (
     vae_pb2,
     vae_pb2_grpc,
 )
+from darkroom.wire.conditions import fill
 from darkroom.wire.graphs import DecodeWork, DenoiseWork, EncodeTextWork, Node
 from darkroom.wire.status import from_rpc_error
 from darkroom.wire.tasks import lora_messages
@@ -102,6 +103,7 @@ async def _denoise(
         preview_interval=work.preview_interval,
         frame_count=work.frame_count,
     )
+    fill(request, work.conditions)
     result = denoiser_pb2.DenoiseResult()
     async for event in denoiser_pb2_grpc.DenoiserServiceStub(channel).Denoise(request, timeout=settings.timeout_s()):
         attempts.hear()

@@ -82,7 +82,7 @@ def embeddings_of(part: Part, guidance_scale: float) -> dict[str, torch.Tensor]:
     """Random embeddings of the right widths, the same in every process."""
     noise = torch.Generator().manual_seed(0)
     config = part.denoiser_config
-    width = config.get("cross_attention_dim") or config.get("joint_attention_dim")
+    width = int(config.get("cross_attention_dim") or config["joint_attention_dim"])
     pooled: int = config.get("pooled_projection_dim") or 32
     guided = part.family.is_guided(guidance_scale)
     return {

@@ -12,10 +12,11 @@ from safetensors.torch import save
 
 from darkroom.errors import DarkroomError, InvalidField, UnusableModel
 from darkroom.models.adapted import AdaptedNetwork, Mix
-from darkroom.models.adapters import Adapters, LoraUse
+from darkroom.models.adapters import Adapters
 from darkroom.models.forwards import Entry, Forward, carrying, run_batch
 from darkroom.models.loader import Part, load_part
 from darkroom.models.lora import Delta, Lora
+from darkroom.wire.tasks import LoraUse
 from tests.tiny_loras import diffusers_names, save_lora, save_lora_for
 
 NAME = "unet.down_blocks.0.resnets.0.conv1"

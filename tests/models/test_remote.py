@@ -1,6 +1,7 @@
 """Networks of another stage, called from a program: the same answers, others go on meanwhile, errors by name."""
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -68,7 +69,8 @@ def test_a_network_elsewhere_answers_as_it_would_here(
     pixels = PIXELS.contiguous(memory_format=layout)
     found = executor.submit(partial(encode, vae, pixels, Ticket(alone=True)))[0].result(60)
     with torch.inference_mode():
-        right = part_of(tiny_store, "tiny-sd", "vae").networks["vae"].encode(pixels).latent_dist
+        network: Any = part_of(tiny_store, "tiny-sd", "vae").networks["vae"]
+        right = network.encode(pixels).latent_dist
     assert torch.equal(found.parameters, right.parameters)
     assert found.parameters.stride() == right.parameters.stride()
     noise = [torch.Generator().manual_seed(3) for _ in range(2)]
@@ -86,7 +88,7 @@ def test_encodes_of_several_requests_share_a_batch_and_each_gets_its_own(
     elsewhere.executor.submit(partial(gate.wait, 60))
     runs = [executor.submit(partial(encode, vae, PIXELS[i : i + 1], Ticket()))[0] for i in range(2)]
     while len(elsewhere.calls) < 4:
-        pass
+        time.sleep(0.01)
     gate.set()
     for run, right in zip(runs, alone, strict=True):
         found = run.result(60)
@@ -129,7 +131,7 @@ def test_a_call_says_for_whom_it_is(tiny_store: Path, executor: Executor) -> Non
     executor.submit(partial(encode, vae, PIXELS, ticket))
     executor.submit(partial(encode, vae, PIXELS, Ticket()))
     while len(held.asked) < 2:
-        pass
+        time.sleep(0.01)
     calls = {call.request_id: call for call, _ in held.asked}
     assert (calls["mine"].alone, calls["mine"].deadline_s) == (True, 1e9)
     assert not calls[""].alone
@@ -146,15 +148,13 @@ def test_what_goes_wrong_elsewhere_reaches_the_request(tiny_store: Path, executo
     held.asked.clear()
     running, _ = executor.submit(partial(encode, vae, PIXELS, Ticket()))
     while not held.asked:
-        pass
+        time.sleep(0.01)
     held.asked[0][1].set_result(Reply({"tensor": "t9", "type": "float32"}, {}))
     with pytest.raises(InvalidCall):
         running.result(60)
 
 
-def test_an_answer_is_of_the_type_of_the_arguments(
-    tiny_store: Path, executor: Executor, elsewhere: Elsewhere
-) -> None:
+def test_an_answer_is_of_the_type_of_the_arguments(tiny_store: Path, executor: Executor, elsewhere: Elsewhere) -> None:
     vae = part_of(tiny_store, "tiny-sd", "denoiser", elsewhere.send).pipeline.vae
     exact, rounded = (
         executor.submit(partial(encode, vae, PIXELS.bfloat16().to(dtype), Ticket()))[0].result(60).parameters

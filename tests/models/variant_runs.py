@@ -27,7 +27,6 @@ from darkroom.models.variants import Conditions, Control, condition_arguments, c
 from darkroom.wire.tasks import DenoiseTask
 from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, Wanted, denoise_task, encoded
 
-
 LOOPS: list[Any] = []
 """The pipeline objects of all runs so far."""
 
@@ -71,10 +70,84 @@ class Case:
                     picture=picture(seed + 10 + i),
                     scale=self.scales[i],
                     end=self.ends[i],
-                )  # fmt: skip
+                )
                 for i, name in enumerate(self.controls)
             ),
         )
+
+
+SD, XL = "StableDiffusion", "StableDiffusionXL"
+CASES = {
+    "sd image": Case(model_id="tiny-sd", plain=f"{SD}Img2ImgPipeline", image=True, strength=0.6),
+    "sd inpaint": Case(model_id="tiny-sd", plain=f"{SD}InpaintPipeline", image=True, mask=True, strength=0.7),
+    "sd inpaint all": Case(model_id="tiny-sd", plain=f"{SD}InpaintPipeline", image=True, mask=True),
+    "sd inpaint 9": Case(model_id="tiny-sd-inpaint", plain=f"{SD}InpaintPipeline", image=True, mask=True, strength=1.0),
+    "sd control": Case(model_id="tiny-sd", plain=f"{SD}ControlNetPipeline", controls=("control-sd",)),
+    "sd 2 controls": Case(
+        model_id="tiny-sd", plain=f"{SD}ControlNetPipeline", controls=("control-sd", "control-sd-other")
+    ),
+    "sd image control": Case(
+        model_id="tiny-sd", plain=f"{SD}ControlNetImg2ImgPipeline", image=True, strength=0.6, controls=("control-sd",)
+    ),
+    "sd inpaint control": Case(
+        model_id="tiny-sd",
+        plain=f"{SD}ControlNetInpaintPipeline",
+        image=True,
+        mask=True,
+        strength=0.6,
+        controls=("control-sd",),
+    ),
+    "xl image": Case(model_id="tiny-sdxl", plain=f"{XL}Img2ImgPipeline", image=True, strength=0.6),
+    "xl refiner": Case(model_id="tiny-sdxl-refiner", plain=f"{XL}Img2ImgPipeline", image=True, strength=0.6),
+    "xl inpaint": Case(model_id="tiny-sdxl", plain=f"{XL}InpaintPipeline", image=True, mask=True, strength=0.8),
+    "xl control": Case(model_id="tiny-sdxl", plain=f"{XL}ControlNetPipeline", controls=("control-sdxl",)),
+    "xl image control": Case(
+        model_id="tiny-sdxl",
+        plain=f"{XL}ControlNetImg2ImgPipeline",
+        image=True,
+        strength=0.6,
+        controls=("control-sdxl",),
+    ),
+    "xl inpaint control": Case(
+        model_id="tiny-sdxl",
+        plain=f"{XL}ControlNetInpaintPipeline",
+        image=True,
+        mask=True,
+        strength=0.6,
+        controls=("control-sdxl",),
+    ),
+    "sd3 image": Case(model_id="tiny-sd3", plain=f"{SD}3Img2ImgPipeline", image=True, strength=0.6),
+    "sd3 inpaint": Case(model_id="tiny-sd3-wide", plain=f"{SD}3InpaintPipeline", image=True, mask=True, strength=0.6),
+    "flux image": Case(model_id="tiny-flux", plain="FluxImg2ImgPipeline", image=True, strength=0.6),
+    "flux inpaint": Case(model_id="tiny-flux", plain="FluxInpaintPipeline", image=True, mask=True, strength=0.6),
+    "flux control": Case(model_id="tiny-flux", plain="FluxControlNetPipeline", controls=("control-flux",)),
+    "flux 2 controls": Case(
+        model_id="tiny-flux", plain="FluxControlNetPipeline", controls=("control-flux", "control-flux-other")
+    ),
+    "flux image control": Case(
+        model_id="tiny-flux",
+        plain="FluxControlNetImg2ImgPipeline",
+        image=True,
+        strength=0.6,
+        controls=("control-flux",),
+    ),
+    "flux inpaint control": Case(
+        model_id="tiny-flux",
+        plain="FluxControlNetInpaintPipeline",
+        image=True,
+        mask=True,
+        strength=0.6,
+        controls=("control-flux",),
+    ),
+    "qwen image": Case(model_id="tiny-qwen-image", plain="QwenImageImg2ImgPipeline", image=True, strength=0.6),
+    "qwen inpaint": Case(
+        model_id="tiny-qwen-image", plain="QwenImageInpaintPipeline", image=True, mask=True, strength=0.6
+    ),
+    "qwen control": Case(model_id="tiny-qwen-image", plain="QwenImageControlNetPipeline", controls=("control-qwen",)),
+    "z image": Case(model_id="tiny-z-image", plain="ZImageImg2ImgPipeline", image=True, strength=0.6),
+    "z inpaint": Case(model_id="tiny-z-image", plain="ZImageInpaintPipeline", image=True, mask=True, strength=0.6),
+}
+REQUESTS = (Wanted("a red circle", 1, 5, 4.0), Wanted("a ring", 2, 6, 5.0), Wanted("a red circle", 3, 5, 3.0))
 
 
 @cache
@@ -90,13 +163,14 @@ class Elsewhere:
         self.calls: list[str] = []
 
     def send(self, stage: str, call: OutsideCall) -> "Future[Reply]":
-        self.calls.append(f"{stage}.{call.network}.{call.method}")
         held: Any = (
             _controlnet(self._store, call.model_id, None)
             if stage == "controlnet"
             else part_of(self._store, call.model_id, stage)
         )
-        return self.executor.submit(lambda: call_network(held, call), alone=call.alone)[0]
+        future, _ = self.executor.submit(lambda: call_network(held, call), alone=call.alone)
+        self.calls.append(f"{stage}.{call.network}.{call.method}")
+        return future
 
 
 @cache
@@ -104,7 +178,7 @@ def part_of(store: Path, model_id: str, stage: str, send: Any = None) -> Part:
     return load_part(store, model_id, stage, CPU, send=send)
 
 
-def plain_latents(store: Path, case: Case, wanted: Wanted, part: Part, scheduler: Any, image_count: int) -> Any:
+def plain_latents(store: Path, case: Case, wanted: Wanted, part: Part, *, image_count: int = 1) -> Any:
     """The latents that diffusers makes, each image of a request with its own row and noise."""
     kind = getattr(diffusers, case.plain)
     whole = DiffusionPipeline.from_pretrained(store / case.model_id)
@@ -114,7 +188,7 @@ def plain_latents(store: Path, case: Case, wanted: Wanted, part: Part, scheduler
     nets = [control.net.network for control in conditions.controls]
     if nets:
         components["controlnet"] = nets if len(nets) > 1 else nets[0]
-    pipeline = kind(**components | ({"scheduler": scheduler} if scheduler else {}))
+    pipeline = kind(**components)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(wanted.seed + i) for i in range(image_count)]
     accepted = inspect.signature(kind.__call__).parameters

@@ -11,7 +11,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+import torch
 
+from darkroom.models.controlnets import ControlNets
 from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.registry.catalogue import publish_catalogue, read_model_store
@@ -20,11 +22,13 @@ from darkroom.registry.memory import MemoryRegistry
 from darkroom.registry.port import Member
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
+from darkroom.runtime.networks import NetworkCalls, NetworkServicer
 from darkroom.runtime.server import Mounted, Server
 from darkroom.v1 import (
     denoiser_pb2,
     denoiser_pb2_grpc,
     encoder_pb2_grpc,
+    network_pb2_grpc,
     router_pb2_grpc,
     tensor_pb2_grpc,
     vae_pb2_grpc,
@@ -147,8 +151,13 @@ class Neighbours:
         registration = Registration(self.registry, Member(replica_id=replica_id, stage=stage, address=address))
         replica.on_loaded = registration.set_models
         source = TensorSource(self._channels, shelf, lambda: {member.address for member in self._view.members()})
-        await replica.part(MODEL)
-        services = [_service(stage, replica, shelf, source, cache_bytes), _tensors(shelf)]
+        nets = ControlNets(self._store, torch.device("cpu")) if stage == "controlnet" else None
+        calls = NetworkCalls(replica, self._view, self._channels, shelf, source, held=nets.get if nets else None)
+        replica.send = calls.send
+        services = [_tensors(shelf), _networks(calls)]
+        if nets is None:
+            await replica.part(MODEL)
+            services.append(_service(stage, replica, shelf, source, cache_bytes))
         await server.start(services)
         self._closing.push_async_callback(server._server.stop, grace=None)
         self._start(registration.run())
@@ -266,6 +275,13 @@ def _tensors(shelf: TensorShelf) -> Mounted:
     return Mounted(
         lambda server: tensor_pb2_grpc.add_TensorServiceServicer_to_server(TensorServicer(shelf), server),
         "darkroom.v1.TensorService",
+    )
+
+
+def _networks(calls: NetworkCalls) -> Mounted:
+    return Mounted(
+        lambda server: network_pb2_grpc.add_NetworkServiceServicer_to_server(NetworkServicer(calls), server),
+        "darkroom.v1.NetworkService",
     )
 
 

@@ -66,7 +66,8 @@ async def keep_drawing(
     denoiser: RunningStage, is_done: asyncio.Event, seed: int
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Draws the same picture over and over, alone and batched, until told to stop."""
-    exact, rounded = [], []
+    exact: list[torch.Tensor] = []
+    rounded: list[torch.Tensor] = []
     while not is_done.is_set() or not rounded:
         exact.append(latents(await finish(start(denoiser, seed=seed, step_count=STEPS, deterministic=True))))
         rounded.append(latents(await finish(start(denoiser, seed=seed, step_count=STEPS))))
