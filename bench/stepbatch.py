@@ -22,8 +22,9 @@ from rich.status import Status
 from safetensors.torch import load_file
 
 from bench.load import describe, other_cores, read_load
-from bench.report import command_line, console, finish, machine
+from bench.report import FOLDER, command_line, console, finish, machine
 from bench.stepbatch_mix import MOST_STEPS, SIDES_PX, Curve, Wanted, arrivals_s, stream
+from bench.stepbatch_plot import write_plot
 from bench.stepbatch_report import BACKLOG, Run, profile_table, show, summarise
 from bench.stepbatch_store import make_store
 from bench.worker import Answer, Worker, worker
@@ -156,8 +157,8 @@ async def _side_processes(
         yield workers
 
 
-async def compare(plan: Plan, source: Path, sides: Sequence[str]) -> dict[str, Any]:
-    """All sides by turns. Returns the figures, tables shown."""
+async def compare(plan: Plan, source: Path, sides: Sequence[str], plot: Path) -> dict[str, Any]:
+    """All sides by turns. Returns the figures, tables shown and the plot written."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
         make_store(source, store)
@@ -168,7 +169,8 @@ async def compare(plan: Plan, source: Path, sides: Sequence[str]) -> dict[str, A
             busy = other_cores(before, read_load())
             figures = summarise(bench.runs, bench.least_curves(), bench.errors())
     show(figures)
-    console.print(describe(busy))
+    write_plot(plot, figures)
+    console.print(f"Plot: {plot}. {describe(busy)}")
     return {"plan": asdict(plan), "other_cores": busy, **figures}
 
 
@@ -201,13 +203,14 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="of each stream; 30 unless told, 10 if quick")
     parser.add_argument("--no-orders", action="store_true", help="leave out the sides that differ by their order only")
     parser.add_argument("--profile", action="store_true", help="only book the engine's time, part by part")
+    parser.add_argument("--plot", type=Path, default=FOLDER / "stepbatch.svg", help="where the SVG goes")
     given = parser.parse_args()
     on, plan, source = machine(), _plan(given), given.model_store / given.model
     if given.profile:
         finish("stepbatch_profile", on, asyncio.run(profile(plan, source)))
     else:
         sides = SIDES if given.no_orders else (*SIDES, *ORDERS)
-        finish("stepbatch", on, asyncio.run(compare(plan, source, sides)))
+        finish("stepbatch", on, asyncio.run(compare(plan, source, sides, given.plot)))
 
 
 if __name__ == "__main__":

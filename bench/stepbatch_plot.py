@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
-PLOT = Path("out/bench/stepbatch.svg")
 _SERIES = (("mean_s", "mean"), ("p50_s", "median"), ("p99_s", "99th percentile"))
 _COLOURS = ("#8c8c8c", "#d99000", "#c44e52", "#2060a8", "#57a773", "#8172b3")
 _WIDTH, _HEIGHT, _GAP, _LEFT, _TOP, _BELOW = 230, 220, 62, 56, 34, 92
 
 
-def write_plot(figures: Mapping[str, Any]) -> None:
-    """Writes the SVG to `PLOT`."""
-    PLOT.parent.mkdir(parents=True, exist_ok=True)
-    PLOT.write_text(plot(figures["loads"]))
+def write_plot(path: Path, figures: Mapping[str, Any]) -> None:
+    """Writes the SVG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(plot(figures["loads"]))
 
 
 def plot(loads: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 from bench.report import console, quantile, table
 from bench.stepbatch_mix import SIDES_PX, Curve, Wanted, curve_s, least_s
-from bench.stepbatch_plot import PLOT, write_plot
 from bench.worker import Answer
 
 BACKLOG = 0.0
@@ -123,7 +122,7 @@ def _account(runs: Sequence[Run], bound_s: float, curves: Mapping[int, Curve]) -
 
 
 def show(figures: Mapping[str, Any]) -> None:
-    """The tables, the verdicts and the plot."""
+    """The tables and the verdicts."""
     curves = figures["unet_forward_s"]
     rows = [
         [
@@ -136,13 +135,11 @@ def show(figures: Mapping[str, Any]) -> None:
     names = [f"{px} px" for px in SIDES_PX]
     table("The UNet's cost, ms", ["rows", *names, *(f"{name}, per row" for name in names)], rows)
     _show_backlog(figures)
-    head = ["load, side", "requests/s", "mean s", *(f"p{share}" for share in _QUANTILES), "requests a batch", "others"]
+    head = ["load, side", "requests/s", "mean s", *(f"p{share}" for share in _QUANTILES), "per batch", "others"]
     for load, sides in figures["loads"].items():
         table(f"{load} of plain diffusers' capacity", head, [_row(*item) for item in sides.items()])
     for line in verdicts(figures):
         console.print(line)
-    write_plot(figures)
-    console.print(f"Plot: {PLOT}")
 
 
 def _row(side: str, figures: Mapping[str, float]) -> list[str]:
@@ -153,7 +150,7 @@ def _row(side: str, figures: Mapping[str, float]) -> list[str]:
 
 def _show_backlog(figures: Mapping[str, Any]) -> None:
     at_once = figures["all_at_once"]
-    head = ["side", "requests/s", "× plain", "of the bound", "requests a batch", "mean s", "error", "others"]
+    head = ["side", "requests/s", "× plain", "of the bound", "per batch", "mean s", "error", "others"]
     plain = at_once[PLAIN]["requests_per_s"]
     rows = [
         [

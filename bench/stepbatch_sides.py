@@ -145,6 +145,7 @@ class ExecutorSide:
     def __init__(self, store: Path, order: str, ledger: Ledger | None) -> None:
         """`order`: "darkroom", or one of the others. `ledger`: where the engine's time is to be booked."""
         self._requests: dict[str, Wanted] = {}
+        self._stream = 0
         if order != "darkroom":
             vars(executor)["choose_batch"] = other_orders(self._requests)[order]
         if ledger:
@@ -175,8 +176,12 @@ class ExecutorSide:
 
     def serve(self, requests: Sequence[Wanted], arrivals_s: Sequence[float]) -> Served:
         """As the executor's order has it."""
-        self._requests.update({str(wanted.number): wanted for wanted in requests})
+        self._stream += 1  # ids are never used again: orders remember whom they batched
+        self._requests.update({self._id(wanted): wanted for wanted in requests})
         return self._loop.run_until_complete(self._serve(requests, arrivals_s))
+
+    def _id(self, wanted: Wanted) -> str:
+        return f"{self._stream}-{wanted.number}"
 
     async def _serve(self, requests: Sequence[Wanted], arrivals_s: Sequence[float]) -> Served:
         start_s = asyncio.get_running_loop().time()
@@ -194,7 +199,7 @@ class ExecutorSide:
 
     def _task(self, wanted: Wanted) -> DenoiseTask:
         return DenoiseTask(
-            request_id=str(wanted.number),
+            request_id=self._id(wanted),
             model_id=wanted.model_id,
             embeddings={
                 "prompt_embeds": self._embeddings[str(wanted.prompt)],

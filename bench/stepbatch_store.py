@@ -4,13 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from bench.stepbatch_mix import MODELS, PROMPT_COUNT, lora_ids
 from bench.tasks import distinct_prompts
 from tests.tiny_loras import diffusers_names, factors, is_attention, save_lora
+
+for _logging in (diffusers.utils.logging, transformers.utils.logging):
+    _logging.disable_progress_bar()
+    _logging.set_verbosity_error()
 
 EMBEDDINGS = "embeddings.safetensors"
 NEGATIVE = "negative"

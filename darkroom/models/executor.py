@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import structlog
 import torch
 
 from darkroom.errors import DarkroomError, DeadlinePassed
@@ -37,6 +38,7 @@ from darkroom.policy.slots import SlotRequest, choose_slots
 from darkroom.policy.stepbatch import WaitingForward, choose_batch
 
 T = TypeVar("T")
+_log = structlog.get_logger()
 _STOP, _WAKE = object(), object()
 _LONGEST_SLEEP_S = 3600.0
 _MEAN_WEIGHT = 0.05
@@ -85,6 +87,7 @@ class Executor:
         self.costs = CostCurve()
         self._served = ServedTime()
         self._handed_back_with: DarkroomError | None = None
+        self._is_dead = False
         self._mean_forward_s = 0.0
         self._slots_due_s = 0.0
         self._batches = BatchRunner(self.costs, max_probe_rows=max_batch_rows if probes else 0)
@@ -124,23 +127,33 @@ class Executor:
         return len(self._resident)
 
     def overdue_s(self, now_s: float) -> float:
-        """How much longer the batch that runs now takes than was to be expected; negative while it is in time."""
-        return self._batches.overdue_s(now_s)
+        """How much longer the batch that runs now takes than was to be expected; negative while it is in time.
+
+        Infinite once the engine is dead.
+        """
+        return math.inf if self._is_dead else self._batches.overdue_s(now_s)
 
     def _run(self) -> None:
         if self._thread_count is not None:
             torch.set_num_threads(self._thread_count)
-        with torch.inference_mode():
-            while self._take_arrivals():
-                now_s = time.monotonic()
-                self._end_unwanted(now_s)
-                self._fill_slots(now_s)
-                self._run_next_batch(now_s)
-                if self._batches.has_probes and not self._is_busy:
-                    self._batches.probe()
+        try:
+            with torch.inference_mode():
+                while self._take_arrivals():
+                    self._turn(time.monotonic())
+        except BaseException:
+            self._is_dead = True  # whoever watches gives the requests up
+            _log.exception("engine_died")
+            raise
         for program in (*self._resident, *self._queued):
             program.future.cancel()
             program.end(ProgramCancelled())
+
+    def _turn(self, now_s: float) -> None:
+        self._end_unwanted(now_s)
+        self._fill_slots(now_s)
+        self._run_next_batch(now_s)
+        if self._batches.has_probes and not self._is_busy:
+            self._batches.probe()
 
     def _take_arrivals(self) -> bool:
         """Takes in what has arrived; waits for it when there is nothing else to do. False once stopped."""
@@ -226,8 +239,7 @@ class Executor:
         for program in pushed_out:
             self._forget(program, ProgramPushedOut())
             program.ticket.pushed_out += 1
-            if program.ticket.restartable:  # it may have found out that it is not
-                self._queued.append(program)
+            self._queued.append(program)
         return starting
 
     def _run_next_batch(self, now_s: float) -> None:

@@ -283,3 +283,12 @@ def test_a_probe_that_does_not_fit_ends_the_probing_of_its_kind() -> None:
     executor.submit(lambda: None)[0].result(10)
     assert network.rows[3:] == [2, 2, 4, 4, -8]
     executor.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_died_of_a_bug_is_overdue() -> None:
+    executor = Executor(max_batch_rows=16)
+    assert executor.overdue_s(time.monotonic()) < 0
+    executor.submit(lambda: None, ticket=Ticket(deadline_s="soon"))  # type: ignore[arg-type]
+    executor._thread.join(10)
+    assert executor.overdue_s(time.monotonic()) > 0
