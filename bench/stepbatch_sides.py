@@ -26,6 +26,7 @@ from bench.stepbatch_profile import Ledger, watch_engine
 from bench.stepbatch_store import EMBEDDINGS, NEGATIVE
 from bench.worker import Answer, Question, answer_lines, worker_flags
 from darkroom.models import executor
+from darkroom.models.controlnets import ControlNets
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw, to_torch
 from darkroom.runtime.channels import Channels
@@ -46,6 +47,8 @@ class ForwardLog:
 
     counts: Counter[tuple[int, int]] = field(default_factory=Counter)
     seconds: dict[tuple[int, int], float] = field(default_factory=dict)
+    cpu_s: float = 0.0
+    """Of the thread that runs them, in all."""
 
     def watch(self) -> None:
         """From now on. On the class: the copies that carry LoRAs are timed as well."""
@@ -54,8 +57,9 @@ class ForwardLog:
         @functools.wraps(real)
         def timed(network: Any, *args: Any, **kwargs: Any) -> Any:
             sample = args[0] if args else kwargs["sample"]
-            start_s = time.perf_counter()
+            start_s, start_cpu_s = time.perf_counter(), time.thread_time()
             answer = real(network, *args, **kwargs)
+            self.cpu_s += time.thread_time() - start_cpu_s
             kind = (sample.shape[-1], len(sample))
             self.seconds[kind] = self.seconds.get(kind, 0.0) + time.perf_counter() - start_s
             self.counts[kind] += 1
@@ -68,6 +72,7 @@ class ForwardLog:
         read = [(*kind, count, self.seconds[kind]) for kind, count in sorted(self.counts.items())]
         self.counts.clear()
         self.seconds.clear()
+        self.cpu_s = 0.0
         return read
 
 
@@ -172,7 +177,8 @@ class ExecutorSide:
             part = await replica.part(model_id)
             async with replica.adapted(part, [LoraUse(lora_id, 1.0) for lora_id in lora_ids(model_id)]):
                 pass  # they stay loaded
-        return Denoising(replica, TensorSource(Channels(), TensorShelf(limit_bytes=0, inline_limit_bytes=0), set))
+        source = TensorSource(Channels(), TensorShelf(limit_bytes=0, inline_limit_bytes=0), set)
+        return Denoising(replica, source, ControlNets(store, torch.device(config.device)))
 
     def serve(self, requests: Sequence[Wanted], arrivals_s: Sequence[float]) -> Served:
         """As the executor's order has it."""
@@ -269,7 +275,8 @@ class SideProcess:
         answer = {
             "whole_s": time.monotonic() - start_s,
             "cpu_s": time.process_time() - cpu_s,
-            "loop_cpu_s": time.thread_time() - own_cpu_s,
+            "loop_cpu_s": 0.0 if isinstance(self._side, PlainSide) else time.thread_time() - own_cpu_s,
+            "network_cpu_s": self._log.cpu_s,
             "latency_s": served.latency_s,
             "forwards": self._log.read(),
             "booked": self._ledger.read() if self._ledger else {},

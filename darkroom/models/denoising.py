@@ -12,7 +12,9 @@ from darkroom.models.loader import Part
 from darkroom.models.own import fresh_scheduler, own_copy
 from darkroom.models.previews import unpack_patches
 from darkroom.models.program import ProgramEnded, ProgramPushedOut
+from darkroom.models.remote import calling_for
 from darkroom.models.spaces import spatial_factor, temporal_factor
+from darkroom.models.variants import UNCONDITIONED, Conditions, condition_arguments, control_network, variant
 from darkroom.wire.tasks import DenoiseTask
 
 _NO_STAND_INS: Mapping[str, torch.nn.Module] = MappingProxyType({})
@@ -23,36 +25,46 @@ def denoise(
     task: DenoiseTask,
     embeddings: Mapping[str, torch.Tensor],
     journal: Journal,
+    *,
     stand_ins: Mapping[str, torch.nn.Module] = _NO_STAND_INS,
+    conditions: Conditions = UNCONDITIONED,
 ) -> torch.Tensor:
     """Runs the pipeline from embeddings to latents [image_count, ...], in the layout of its `output_type="latent"`.
 
-    `stand_ins`: what to put in place of the part's own, by component.
+    `stand_ins`: what to put in place of the part's own, by component; `conditions`: pictures to start from or follow.
     Run again with the same journal, after it was pushed out, it goes on after the last step that was done. Raises
     InvalidCheckpoint when the journal starts from what does not fit.
     """
-    pipeline = own_copy(part, stand_ins)
+    shared = variant(part, conditions)
+    pipeline = own_copy(part, stand_ins, shared)
     pipeline.scheduler = fresh_scheduler(part.pipeline.scheduler, task.scheduler)
     generators = [torch.Generator().manual_seed(task.seed + i) for i in range(task.image_count)]
-    journal.begin(pipeline.scheduler, generators, part.device)
+    journal.begin(pipeline.scheduler, generators, part.device, pipeline)
     for name in part.denoiser_names:
         object.__setattr__(pipeline, name, journal.watch(getattr(pipeline, name), name))
+    if conditions.controls:
+        object.__setattr__(pipeline, "controlnet", control_network(part, conditions, journal))
+    kind = type(shared)
+    arguments = condition_arguments(kind, conditions, task.image_count)
+    arguments |= call_arguments(
+        part,
+        embeddings,
+        step_count=task.step_count,
+        guidance_scale=task.guidance_scale,
+        width_px=task.width_px,
+        height_px=task.height_px,
+        image_count=task.image_count,
+        frame_count=task.frame_count,
+        kind=kind,
+    )
     try:
-        latents: torch.Tensor = pipeline(
-            **call_arguments(
-                part,
-                embeddings,
-                step_count=task.step_count,
-                guidance_scale=task.guidance_scale,
-                width_px=task.width_px,
-                height_px=task.height_px,
-                image_count=task.image_count,
-                frame_count=task.frame_count,
-            ),
-            generator=generators[0] if task.image_count == 1 else generators,
-            output_type="latent",
-            return_dict=False,
-        )[0]
+        with calling_for(journal.ticket):
+            latents: torch.Tensor = pipeline(
+                **arguments,
+                generator=generators[0] if task.image_count == 1 else generators,
+                output_type="latent",
+                return_dict=False,
+            )[0]
     except RangeDone as done:
         return done.latents
     except (ProgramPushedOut, ProgramEnded):

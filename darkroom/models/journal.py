@@ -90,6 +90,7 @@ class Journal:
     """False once the solver turned out to keep what no snapshot can hold."""
     done: int = field(default=0, init=False)
     _solver: Any = field(default=None, init=False)
+    _loop: Any = field(default=None, init=False)
     _generators: Sequence[torch.Generator] = field(default=(), init=False)
     _device: torch.device = field(default=torch.device("cpu"), init=False)
     _at_start: dict[str, Any] | None = field(default=None, init=False)
@@ -98,13 +99,13 @@ class Journal:
     _size_bytes: int = field(default=0, init=False)
     _cache: StepCache = field(default_factory=lambda: StepCache(0.0), init=False)
 
-    def begin(self, solver: Any, generators: Sequence[torch.Generator], device: torch.device) -> None:
-        """Starts a run with this solver, whose `step` is from now on the journal's.
+    def begin(self, solver: Any, generators: Sequence[torch.Generator], device: torch.device, loop: Any = None) -> None:
+        """Starts a run with this solver, whose `step` is from now on the journal's. `loop`: the pipeline.
 
         A solver that draws noise draws it from `generators`, also where its pipeline forgets to pass them on: else it
         would come from the process's own source, and a seed would not mean the same picture twice.
         """
-        self._solver, self._generators, self._device = solver, generators, device
+        self._solver, self._generators, self._device, self._loop = solver, generators, device, loop
         self.done, self._at_start, self._outputs = 0, None, None
         self._shapes = dict(self.start.state["shapes"]) if self.start else {}
         self._cache = StepCache(self.cache_threshold)
@@ -149,7 +150,10 @@ class Journal:
 
     @property
     def step_count(self) -> int:
-        """Steps of the whole run, as the solver's timesteps say."""
+        """Steps of the whole run, as the pipeline or the solver's timesteps say: fewer than asked for from an image."""
+        said = getattr(self._loop, "_num_timesteps", None)
+        if isinstance(said, int):
+            return said
         begin: int = getattr(self._solver, "begin_index", None) or 0
         return len(self._solver.timesteps) - begin
 
@@ -217,7 +221,7 @@ class Journal:
         self._count_forwards_left(last)
         snapshot = self._snapshot() if self._is_snapshot_due else None
         self.on_step(StepDone(self.done, steps, snapshot, self._previews(before, answer)))
-        if self.done == self.to_step:
+        if self.done == self.to_step and self.done < steps:  # after the last one the pipeline may have more to do
             raise RangeDone(self._outputs[0])
         return answer
 

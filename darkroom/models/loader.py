@@ -263,7 +263,12 @@ def _away(network: torch.nn.Module, home: Home, device: torch.device, send: Send
 
 def _present(name: str, network: torch.nn.Module, family: Family) -> torch.nn.Module:
     if name in family.denoisers:
-        return Batched(network, name, shared=family.shared, row_lists=family.row_lists, is_batched=family.is_batched)
+        stand_in = Batched(
+            network, name, shared=family.shared, row_lists=family.row_lists, is_batched=family.is_batched
+        )
+        first = next(network.parameters())
+        stand_in.__dict__.update(device=first.device, dtype=network.dtype)  # asked at each step, by walking all modules
+        return stand_in
     methods = (
         tuple(method for method in _VAE_METHODS if hasattr(network, method)) if isinstance(network, ModelMixin) else ()
     )

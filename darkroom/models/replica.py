@@ -13,6 +13,7 @@ import torch
 
 from darkroom.errors import ModelNotFound, Moved, QueueFull, Stalled
 from darkroom.models.adapters import Adapters
+from darkroom.models.controlnets import ControlNet, ControlNets
 from darkroom.models.executor import EngineCounts, Executor
 from darkroom.models.loader import Part, load_part
 from darkroom.models.program import Ticket
@@ -32,7 +33,7 @@ class ReplicaState:
     replica_id: str
     stage: str
     device: str
-    parts: tuple[Part, ...]
+    parts: tuple[Part | ControlNet, ...]
     running_count: int
     finished_count: int
     engine: EngineCounts
@@ -78,6 +79,7 @@ class StageReplica:
         self._start_s = time.monotonic()
         self.send: Send | None = None
         """Calls networks that other stages hold."""
+        self.controlnets: ControlNets | None = None
         self.on_loaded: Callable[[Collection[str]], Awaitable[None]] | None = None
 
     @contextlib.asynccontextmanager
@@ -166,11 +168,12 @@ class StageReplica:
 
     def state(self) -> ReplicaState:
         """The replica as it is now."""
+        nets = self.controlnets.loaded if self.controlnets else ()
         return ReplicaState(
             replica_id=self.replica_id,
             stage=self.stage,
             device=str(self._device),
-            parts=tuple(sorted(self._parts(), key=lambda part: part.model_id)),
+            parts=tuple(sorted((*self._parts(), *nets), key=lambda part: part.model_id)),
             running_count=self._running,
             finished_count=self._finished,
             engine=self._executor.counts,

@@ -45,13 +45,20 @@ def latent_shape(part: Part, width_px: int, height_px: int, frame_count: int = 1
     height, width = height_px // factor, width_px // factor
     time = (frame_count - 1) // temporal_factor(part) + 1
     sizes = {
-        "C": int(part.denoiser_config["in_channels"]),
+        "C": _channels(part),
         "H": height,
         "W": width,
         "T": time,
         "S": time * (height // family.latent_patch) * (width // family.latent_patch),
     }
     return tuple(sizes[dimension] for dimension in family.latents[1:])
+
+
+def _channels(part: Part) -> int:
+    """Of the latents; an inpainting UNet takes more."""
+    if part.family.latents == "BCHW" and "latent_channels" in part.pipeline.vae.config:
+        return int(part.pipeline.vae.config.latent_channels)
+    return int(part.denoiser_config["in_channels"])
 
 
 def frame_count_of(part: Part, task: DecodeTask, latents: torch.Tensor) -> int:

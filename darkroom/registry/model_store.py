@@ -59,6 +59,8 @@ def read_model_store(root: Path) -> StoreListing:
         try:
             if path.joinpath("model_index.json").exists():
                 models.append(_read_model(root, path))
+            elif path.joinpath("config.json").exists():
+                continue  # a network by itself, such as a ControlNet
             elif path.is_dir() and (weights := StoreFolder(root, path).weights()):
                 loras.append(_read_lora(root, path, weights))
         except (Refused, InvalidField, OSError) as problem:

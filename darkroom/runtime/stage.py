@@ -2,7 +2,8 @@
 
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import grpc
 import structlog
 
 from darkroom.errors import DarkroomError
+from darkroom.models.controlnets import ControlNets
+from darkroom.models.networks import Held
+from darkroom.models.remote import OutsideCall, Reply
 from darkroom.models.replica import ReplicaState, StageReplica
 from darkroom.registry.etcd import EtcdRegistry
 from darkroom.registry.membership import ClusterView, Registration
@@ -112,11 +116,25 @@ class StageProcess:
         )
         member = Member(replica_id=replica_id, stage=stage, address=self.shelf.address, device=config.device)
         self._registration = Registration(self._registry, member)
-        self.replica.on_loaded = self._registration.set_models
+
+    def send(self, stage: str, call: OutsideCall) -> "Future[Reply]":
+        """Calls a network at a replica of another stage; once this one serves."""
+        assert self.replica.send is not None
+        return self.replica.send(stage, call)
 
     async def run(self, service: Mounted) -> None:
         """Serves `service` beside what all stages serve. Loads the preloaded models before registering."""
-        calls = NetworkCalls(self.replica, self._view, self._channels, self.shelf, self.source)
+        self.replica.on_loaded = self._registration.set_models
+        await self._run([service], self.replica.part)
+
+    async def run_for_others(self, controlnets: ControlNets) -> None:
+        """Serves the networks of ControlNets to denoisers, and what all stages serve."""
+        controlnets.on_loaded = self._registration.set_models
+        self.replica.controlnets = controlnets
+        await self._run([], controlnets.get)
+
+    async def _run(self, services: Sequence[Mounted], held: Callable[[str], Awaitable[Held]]) -> None:
+        calls = NetworkCalls(self.replica, self._view, self._channels, self.shelf, self.source, held=held)
         self.replica.send = calls.send
         common = [
             Mounted(
@@ -134,8 +152,8 @@ class StageProcess:
                 _name(tensor_pb2, "TensorService"),
             ),
         ]
-        await self._preload(self.config.preload)
-        await self._server.start([service, *common])
+        await self._preload(self.config.preload, held)
+        await self._server.start([*services, *common])
         background = [
             self._registration.run(),
             self._view.run(),
@@ -152,10 +170,10 @@ class StageProcess:
         if self._view.members(self.replica.stage):
             self.replica.hand_back()
 
-    async def _preload(self, model_ids: Sequence[str]) -> None:
+    async def _preload(self, model_ids: Sequence[str], held: Callable[[str], Awaitable[Held]]) -> None:
         for model_id in model_ids:
             try:
-                await self.replica.part(model_id)
+                await held(model_id)
             except DarkroomError as error:
                 _log.error("preload_failed", model_id=model_id, reason=error.reason(), problem=error.message)
 

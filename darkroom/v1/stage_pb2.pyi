@@ -16,10 +16,12 @@ class Stage(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_ENCODER: _ClassVar[Stage]
     STAGE_DENOISER: _ClassVar[Stage]
     STAGE_VAE: _ClassVar[Stage]
+    STAGE_CONTROLNET: _ClassVar[Stage]
 STAGE_UNSPECIFIED: Stage
 STAGE_ENCODER: Stage
 STAGE_DENOISER: Stage
 STAGE_VAE: Stage
+STAGE_CONTROLNET: Stage
 
 class DescribeReplicaRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -7,7 +7,7 @@ from darkroom.registry.catalogue import LoraEntry, ModelEntry
 from darkroom.registry.membership import ClusterView
 from darkroom.registry.port import Member
 
-STAGES = ("encoder", "denoiser", "vae")
+STAGES = ("encoder", "denoiser", "vae", "controlnet")
 
 
 @dataclass(frozen=True, slots=True)

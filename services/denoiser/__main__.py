@@ -2,6 +2,9 @@
 
 import asyncio
 
+import torch
+
+from darkroom.models.controlnets import ControlNets
 from darkroom.runtime.config import read_config
 from darkroom.runtime.server import Mounted
 from darkroom.runtime.stage import StageProcess
@@ -13,8 +16,14 @@ from services.denoiser.server import DenoiserServicer
 
 async def main(config: DenoiserConfig) -> None:
     """Serves until SIGTERM."""
-    process = StageProcess("denoiser", config)
-    servicer = DenoiserServicer(Denoising(process.replica, process.source), process.shelf)
+    process = StageProcess("controlnet" if config.controlnets_only else "denoiser", config)
+    send = process.send if config.remote_controlnets else None
+    controlnets = ControlNets(config.model_store, torch.device(config.device), send=send)
+    if config.controlnets_only:
+        await process.run_for_others(controlnets)
+        return
+    process.replica.controlnets = controlnets
+    servicer = DenoiserServicer(Denoising(process.replica, process.source, controlnets), process.shelf)
     await process.run(
         Mounted(
             lambda server: denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server),

@@ -8,14 +8,17 @@ from functools import partial
 from darkroom.errors import Moved, StaleEpoch
 from darkroom.models import checks
 from darkroom.models.checkpoints import to_checkpoint, to_snapshot
+from darkroom.models.controlnets import ControlNets
 from darkroom.models.denoising import denoise, preview_of
 from darkroom.models.journal import Journal, StepDone
 from darkroom.models.loader import Part
 from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw, to_torch
+from darkroom.models.variants import UNCONDITIONED, Conditions, check_conditions, read_conditions
 from darkroom.runtime.exchange import TensorSource
 from darkroom.wire.checkpoints import EVERY_STEP_LIMIT_BYTES, Checkpoint
+from darkroom.wire.conditions import NO_CONDITIONS
 from darkroom.wire.tasks import DenoiseTask
 from darkroom.wire.tensors import RawTensor
 from services.denoiser.attempts import Attempts
@@ -58,9 +61,9 @@ Event = Step | Denoised | Alive
 class Denoising:
     """Denoises requests on one replica."""
 
-    def __init__(self, replica: StageReplica, source: TensorSource) -> None:
+    def __init__(self, replica: StageReplica, source: TensorSource, controlnets: ControlNets) -> None:
         """Runs on `replica`; embeddings that came by ref are fetched through `source`."""
-        self._replica, self._source = replica, source
+        self._replica, self._source, self._controlnets = replica, source, controlnets
         self._attempts = Attempts()
 
     async def denoise(self, task: DenoiseTask, deadline_s: float) -> AsyncGenerator[Event, None]:
@@ -113,8 +116,9 @@ class Denoising:
                 loop.call_soon_threadsafe(send, done)
 
             journal.on_step = on_step
+            conditions = await self._conditions(task, part)
             async with self._replica.adapted(part, task.loras) as stand_ins:
-                program = partial(denoise, part, task, embeddings, journal, stand_ins)
+                program = partial(denoise, part, task, embeddings, journal, stand_ins=stand_ins, conditions=conditions)
                 work = asyncio.create_task(self._replica.run(program, journal.ticket))
                 try:
                     with self._attempts.running(task.run_id, task.epoch, work):
@@ -134,6 +138,17 @@ class Denoising:
                 pushed_out_count=ticket.pushed_out,
                 cached_forward_count=journal.cached_forwards,
             )
+
+    async def _conditions(self, task: DenoiseTask, part: Part) -> Conditions:
+        asked = task.conditions
+        if asked == NO_CONDITIONS:
+            check_conditions(part, UNCONDITIONED, task.step_count)
+            return UNCONDITIONED
+        nets = [await self._controlnets.get(use.controlnet_id) for use in asked.controls]
+        read = partial(read_conditions, asked, nets, width_px=task.width_px, height_px=task.height_px)
+        conditions = await asyncio.to_thread(read)
+        check_conditions(part, conditions, task.step_count)
+        return conditions
 
 
 def _journal(task: DenoiseTask, part: Part, deadline_s: float) -> Journal:

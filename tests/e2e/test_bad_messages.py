@@ -118,7 +118,7 @@ async def test_random_bytes_never_crash_a_service(ports: Ports, service: str) ->
 async def test_a_message_over_the_limit_is_refused(ports: Ports, service: str) -> None:
     module, name = SERVICES[service]
     method = next(iter(module.DESCRIPTOR.services_by_name[name].methods_by_name))
-    answer = await ports.send(service, f"{name}/{method}", b"\x0a" + bytes(10 << 20))
+    answer = await ports.send(service, f"{name}/{method}", b"\x0a" + bytes(33 << 20))
     assert answer.error is not None
     assert answer.error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 

@@ -295,7 +295,9 @@ def _service(stage: str, replica: StageReplica, shelf: TensorShelf, source: Tens
                 encoder_pb2_grpc.add_EncoderServiceServicer_to_server(encoder, server)
 
         case "denoiser":
-            denoiser = DenoiserServicer(Denoising(replica, source), shelf)
+            denoiser = DenoiserServicer(
+                Denoising(replica, source, ControlNets(replica._root, torch.device("cpu"))), shelf
+            )
 
             def add(server: grpc.aio.Server) -> None:
                 denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(denoiser, server)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from darkroom.errors import InvalidField, InvalidRequest, InvalidTensor
-from darkroom.v1 import denoiser_pb2, encoder_pb2, tensor_pb2, vae_pb2
+from darkroom.v1 import denoiser_pb2, encoder_pb2, lora_pb2, tensor_pb2, vae_pb2
+from darkroom.wire.conditions import fill
 from darkroom.wire.tasks import parse_decode, parse_denoise, parse_encode
 from darkroom.wire.tensors import RawTensor, value_message
 
@@ -122,3 +123,56 @@ def test_random_bytes_are_no_message_or_no_request(kind: Any, parse: Any, raw: b
     """A whole request out of random bytes would be a miracle: it needs a model's id."""
     with pytest.raises((DecodeError, InvalidRequest)):
         parse(kind.FromString(raw))
+
+
+LORAS = {
+    "no id": ([lora_pb2.Lora()], "loras[0].lora_id"),
+    "path": ([lora_pb2.Lora(lora_id="ink"), lora_pb2.Lora(lora_id="../ink")], "loras[1].lora_id"),
+    "scale": ([lora_pb2.Lora(lora_id="ink", scale=float("nan"))], "loras[0].scale"),
+    "large scale": ([lora_pb2.Lora(lora_id="ink", scale=101)], "loras[0].scale"),
+    "many": ([lora_pb2.Lora(lora_id="ink")] * 9, "loras"),
+    "forty": ([lora_pb2.Lora(lora_id="ink")] * 40, "loras"),
+}
+CONDITIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "mask alone": ({"mask": b"x"}, "mask"),
+    "strength alone": ({"strength": 0.5}, "strength"),
+    "strength 2": ({"image": b"x", "strength": 2.0}, "strength"),
+    "strength 0": ({"image": b"x", "strength": 0.0}, "strength"),
+    "strength NaN": ({"image": b"x", "strength": float("nan")}, "strength"),
+    "21 MB": ({"image": bytes(21 << 20)}, "image"),
+    "control without a picture": ({"controls": [{"controlnet_id": "edges"}]}, "controls[0].image"),
+    "control without an id": ({"controls": [{"image": b"x"}]}, "controls[0].controlnet_id"),
+    "control scale": ({"controls": [{"controlnet_id": "edges", "image": b"x", "scale": 11.0}]}, "controls[0].scale"),
+    "control ends first": (
+        {"controls": [{"controlnet_id": "edges", "image": b"x", "start": 0.5, "end": 0.5}]},
+        "controls[0].end",
+    ),
+    "five controls": ({"controls": [{"controlnet_id": "edges", "image": b"x"}] * 5}, "controls"),
+}
+
+
+@pytest.mark.parametrize("case", LORAS)
+def test_wrong_loras_are_refused_by_place(case: str) -> None:
+    loras, field = LORAS[case]
+    with pytest.raises(InvalidField) as refused:
+        parse_denoise(denoise_request(loras=loras))
+    assert refused.value.facts["field"] == field
+
+
+@pytest.mark.parametrize("case", CONDITIONS)
+def test_wrong_conditions_are_refused_by_field(case: str) -> None:
+    changes, field = CONDITIONS[case]
+    with pytest.raises(InvalidField) as refused:
+        parse_denoise(denoise_request(**changes))
+    assert refused.value.facts["field"] == field
+
+
+def test_conditions_survive_the_wire_and_make_another_task() -> None:
+    control = {"controlnet_id": "edges", "image": b"c", "scale": 0.5, "start": 0.1, "end": 0.9}
+    message = denoise_request(image=b"i", mask=b"m", strength=0.25, controls=[control])
+    task = parse_denoise(message)
+    copied = denoise_request()
+    fill(copied, task.conditions)
+    assert parse_denoise(copied).conditions == task.conditions
+    others = [denoise_request(), denoise_request(image=b"i"), denoise_request(image=b"j"), message]
+    assert len({parse_denoise(other).digest for other in others}) == 4
