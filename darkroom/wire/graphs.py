@@ -43,6 +43,8 @@ class DenoiseWork:
     preview_interval: int = 0
     frame_count: int = 0
     conditions: ConditionFiles = NO_CONDITIONS
+    from_step: int = 0
+    to_step: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +66,25 @@ class Port:
     kind: str
 
 
-INPUTS: dict[type, tuple[Port, ...]] = {
-    EncodeTextWork: (),
-    DenoiseWork: (Port("embedding", "embedding"),),
-    DecodeWork: (Port("latent", "latent"),),
-}
+_EMBEDDING, _LATENT = Port("embedding", "embedding"), Port("latent", "latent")
 OUTPUTS: dict[type, Port] = {
     EncodeTextWork: Port("embedding", "embedding"),
-    DenoiseWork: Port("latent", "latent"),
+    DenoiseWork: _LATENT,
     DecodeWork: Port("image", "image"),
 }
+
+
+def inputs_of(work: Work) -> tuple[Port, ...]:
+    """The input ports, each of which has to be filled once."""
+    match work:
+        case EncodeTextWork():
+            return ()
+        case DenoiseWork():
+            return (_EMBEDDING, _LATENT) if work.from_step else (_EMBEDDING,)
+        case DecodeWork():
+            return (_LATENT,)
+
+
 STAGES: dict[type, str] = {EncodeTextWork: "encoder", DenoiseWork: "denoiser", DecodeWork: "vae"}
 
 
@@ -119,7 +130,7 @@ def parse_graph(message: graph_pb2.Graph) -> Graph:
 def make_graph(nodes: dict[str, tuple[Work, dict[str, str]]]) -> Graph:
     """Checks that every port is filled and no node waits for itself, and orders the nodes. Raises InvalidGraph."""
     for node_id, (work, sources) in nodes.items():
-        for port in INPUTS[type(work)]:
+        for port in inputs_of(work):
             if port.name not in sources:
                 raise InvalidGraph(node_id, f"has nothing on its input port {port.name!r}")
     try:
@@ -175,7 +186,16 @@ def _parse_denoise(message: graph_pb2.Denoise) -> DenoiseWork:
         preview_interval=fields.check_range("preview_interval", message.preview_interval, 0, fields.MAX_STEPS),
         frame_count=fields.check_range("frame_count", message.frame_count, 0, fields.MAX_FRAMES),
         conditions=parse_conditions(message),
+        from_step=fields.check_range("from_step", message.from_step, 0, 2 * fields.MAX_STEPS),
+        to_step=_parse_to_step(message),
     )
+
+
+def _parse_to_step(message: graph_pb2.Denoise) -> int:
+    to_step = fields.check_range("to_step", message.to_step, 0, 2 * fields.MAX_STEPS)
+    if to_step and to_step <= message.from_step:
+        raise InvalidField("to_step", f"must be past from_step, {message.from_step}, not {to_step}")
+    return to_step
 
 
 def _connect(edge: graph_pb2.Edge, works: dict[str, Work], sources: dict[str, dict[str, str]]) -> None:
@@ -184,7 +204,7 @@ def _connect(edge: graph_pb2.Edge, works: dict[str, Work], sources: dict[str, di
             raise InvalidGraph(node_id[:64], "is named by an edge and is not in the graph")
     giver, taker = works[edge.from_node], works[edge.to_node]
     output = OUTPUTS[type(giver)]
-    port = next((port for port in INPUTS[type(taker)] if port.name == edge.to_port), None)
+    port = next((port for port in inputs_of(taker) if port.name == edge.to_port), None)
     if edge.from_port != output.name:
         raise InvalidGraph(edge.from_node, f"has no output port {edge.from_port[:64]!r}")
     if port is None:
@@ -193,7 +213,13 @@ def _connect(edge: graph_pb2.Edge, works: dict[str, Work], sources: dict[str, di
         raise InvalidGraph(
             edge.to_node, f"takes a {port.kind} on port {port.name!r}, and {edge.from_node!r} gives a {output.kind}"
         )
-    if giver.model_id != taker.model_id:
+    if isinstance(giver, DenoiseWork) and isinstance(taker, DenoiseWork):
+        if giver.to_step != taker.from_step:
+            raise InvalidGraph(
+                edge.to_node,
+                f"goes on from step {taker.from_step}, and {edge.from_node!r} stops at {giver.to_step or 'the last'}",
+            )
+    elif giver.model_id != taker.model_id:
         raise InvalidGraph(
             edge.to_node, f"is of model {taker.model_id!r}, and its {port.kind} comes from {giver.model_id!r}"
         )

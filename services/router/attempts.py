@@ -4,15 +4,12 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, NewType, TypeVar
+from typing import TypeVar
 
 from darkroom.errors import StageUnavailable
-from services.router.values import StepDone
+from services.router.values import CheckpointMessage, StepDone
 
 T = TypeVar("T")
-CheckpointMessage = NewType("CheckpointMessage", Any)  # type: ignore[valid-newtype]
-"""A stage's checkpoint as it came: the router only passes it on."""
-
 _LOOK_INTERVAL_S = 0.25
 
 

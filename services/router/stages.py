@@ -44,9 +44,7 @@ class GrpcStages:
                 case EncodeTextWork() as work:
                     return await _encode(channel, work, settings)
                 case DenoiseWork() as work:
-                    embedding = inputs["embedding"]
-                    assert isinstance(embedding, Embedding)
-                    return await _denoise(channel, work, embedding, settings, attempts)
+                    return await _denoise(channel, work, inputs, settings, attempts)
                 case DecodeWork() as work:
                     latent = inputs["latent"]
                     assert isinstance(latent, Latent)
@@ -73,10 +71,14 @@ async def _encode(channel: grpc.aio.Channel, work: EncodeTextWork, settings: Cal
 async def _denoise(
     channel: grpc.aio.Channel,
     work: DenoiseWork,
-    embedding: Embedding,
+    inputs: Mapping[str, Value],
     settings: CallSettings,
     attempts: Attempts,
 ) -> Answer:
+    embedding, before = inputs["embedding"], inputs.get("latent")
+    assert isinstance(embedding, Embedding)
+    assert before is None or isinstance(before, Latent)
+    takes_over = before is not None and attempts.checkpoint is None
     request = denoiser_pb2.DenoiseRequest(
         request_id=settings.request_id,
         model_id=work.model_id,
@@ -93,7 +95,9 @@ async def _denoise(
         scheduler=work.scheduler,
         deterministic=settings.deterministic,
         checkpoint_interval=_CHECKPOINT_INTERVAL,
-        checkpoint=attempts.checkpoint,
+        checkpoint=before.checkpoint if before is not None and takes_over else attempts.checkpoint,
+        from_step=work.from_step if takes_over else 0,
+        to_step=work.to_step,
         run_id=attempts.run_id,
         epoch=attempts.epoch,
         priority=settings.priority,
@@ -120,6 +124,7 @@ async def _denoise(
         height_px=work.height_px,
         batched_forward_count=result.batched_forward_count,
         cached_forward_count=result.cached_forward_count,
+        checkpoint=attempts.checkpoint if work.to_step else None,
     )
     return Answer(latent, seconds(result.run_duration))
 

@@ -1,8 +1,12 @@
 """What travels through a graph, and what is said about it on the way."""
 
 from dataclasses import dataclass
+from typing import Any, NewType
 
 from darkroom.wire.tensors import RawTensor, RemoteTensor
+
+CheckpointMessage = NewType("CheckpointMessage", Any)  # type: ignore[valid-newtype]
+"""A stage's checkpoint as it came: the router only passes it on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +25,8 @@ class Latent:
     height_px: int
     batched_forward_count: int
     cached_forward_count: int = 0
+    checkpoint: CheckpointMessage | None = None
+    """Where another model goes on from, of a node that stopped before its end."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,3 +173,34 @@ def test_an_edge_from_a_node_to_itself_is_refused() -> None:
 def test_random_bytes_are_no_message_or_no_graph(raw: bytes) -> None:
     with pytest.raises((DecodeError, InvalidGraph)):
         parse_graph(graph_pb2.Graph.FromString(raw))
+
+
+RANGES: list[Edge] = [
+    ("encode", "embedding", "base", "embedding"),
+    ("other", "embedding", "refiner", "embedding"),
+    ("base", "latent", "refiner", "latent"),
+    ("refiner", "latent", "decode", "latent"),
+]
+
+
+def ranges(**refiner: Any) -> list[graph_pb2.Node]:
+    """A base that stops at step 3, and a refiner of another model."""
+    return [
+        encode(),
+        encode("other", model_id="refiner"),
+        denoise("base", to_step=3),
+        denoise("refiner", **{"model_id": "refiner", "from_step": 3, **refiner}),
+        decode(model_id="refiner"),
+    ]
+
+
+def test_a_refiner_takes_over_where_the_base_stopped() -> None:
+    parsed = {node.node_id: node for node in parse_graph(graph(ranges(), RANGES)).nodes}
+    assert parsed["refiner"].sources == {"embedding": "other", "latent": "base"}
+
+
+def test_a_refiner_goes_on_only_where_the_base_stopped_and_nowhere_without_it() -> None:
+    assert "goes on from step 2" in refused(graph(ranges(from_step=2), RANGES), "refiner")
+    assert "no input port 'latent'" in refused(graph(ranges(from_step=0), RANGES), "refiner")
+    assert "nothing on its input port 'latent'" in refused(graph(ranges(), [*RANGES[:2], RANGES[3]]), "refiner")
+    assert "to_step" in refused(graph(ranges(to_step=3), RANGES), "refiner")
