@@ -16,13 +16,13 @@ from darkroom.wire.tasks import DenoiseTask
 _STATE_PARTS = frozenset({"outputs", "solver", "generators", "shapes", "cache"})
 
 
-def to_checkpoint(snapshot: Snapshot, task: DenoiseTask, device: torch.device) -> Checkpoint:
-    """The snapshot as it travels."""
+def to_checkpoint(snapshot: Snapshot, *, epoch: int, task_digest: str, device: torch.device) -> Checkpoint:
+    """The snapshot as it travels, for the task of this digest."""
     return Checkpoint(
-        epoch=task.epoch,
+        epoch=epoch,
         step=snapshot.step,
         step_count=snapshot.step_count,
-        task_digest=task.digest,
+        task_digest=task_digest,
         made_by=made_by(device.type),
         state=snapshot.state,
         tensors={name: to_raw(tensor) for name, tensor in snapshot.tensors.items()},

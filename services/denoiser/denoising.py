@@ -101,7 +101,7 @@ class Denoising:
             checks.check_request(part, task)
             checks.check_embeddings(part, task, embeddings)
             journal = _journal(task, part, deadline_s)
-            loop = asyncio.get_running_loop()
+            loop, digest = asyncio.get_running_loop(), task.digest
             sent_step = 0
 
             def send(done: StepDone) -> None:
@@ -109,7 +109,7 @@ class Denoising:
                 checkpoint = None
                 if done.snapshot:
                     sent_step = done.step
-                    checkpoint = to_checkpoint(done.snapshot, task, part.device)
+                    checkpoint = to_checkpoint(done.snapshot, epoch=task.epoch, task_digest=digest, device=part.device)
                 events.put_nowait(Step(done.step, done.step_count, checkpoint, done.previews))
 
             def on_step(done: StepDone) -> None:

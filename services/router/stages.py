@@ -20,9 +20,9 @@ from darkroom.wire.status import from_rpc_error
 from darkroom.wire.tasks import lora_messages
 from darkroom.wire.tensors import parse_tensor, tensor_message
 from darkroom.wire.times import seconds
-from services.router.attempts import Attempts, CheckpointMessage
+from services.router.attempts import Attempts
 from services.router.running import CallSettings
-from services.router.values import Answer, Embedding, ImageFile, Images, Latent, StepDone, Value
+from services.router.values import Answer, CheckpointMessage, Embedding, ImageFile, Images, Latent, StepDone, Value
 
 _CHECKPOINT_INTERVAL = 5
 """Steps that a dead denoiser may cost where a checkpoint is larger than 1 MiB; smaller ones come with every step."""

@@ -1,7 +1,9 @@
 """A base hands its latents to a refiner, through the router, as diffusers hands them over in one process."""
 
+import asyncio
 import io
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from darkroom.client import Client
 from darkroom.runtime.cluster import LocalCluster
 from darkroom.v1 import graph_pb2, router_pb2, router_pb2_grpc
 from tests.models.oracle import NEGATIVE, SIZE_PX
@@ -22,13 +25,19 @@ STEPS, AT_STEP = 10, 8
 
 def graph() -> graph_pb2.Graph:
     def encode(name: str, model_id: str) -> graph_pb2.Node:
-        text = {"prompt": "a ring", "negative_prompt": NEGATIVE, "guided": True}
-        return graph_pb2.Node(id=name, encode_text=graph_pb2.EncodeText(model_id=model_id, **text))
+        text = graph_pb2.EncodeText(model_id=model_id, prompt="a ring", negative_prompt=NEGATIVE, guided=True)
+        return graph_pb2.Node(id=name, encode_text=text)
 
     def denoise(name: str, model_id: str, **steps: int) -> graph_pb2.Node:
-        size = {"width_px": SIZE_PX, "height_px": SIZE_PX, "image_count": 1, "step_count": STEPS, "seed": 5}
-        work = graph_pb2.Denoise(model_id=model_id, guidance_scale=5.0, scheduler="euler", **size, **steps)
-        return graph_pb2.Node(id=name, denoise=work)
+        work: dict[str, Any] = {
+            "width_px": SIZE_PX,
+            "height_px": SIZE_PX,
+            "image_count": 1,
+            "step_count": STEPS,
+            **steps,
+        }
+        work |= {"model_id": model_id, "guidance_scale": 5.0, "scheduler": "euler", "seed": 5}
+        return graph_pb2.Node(id=name, denoise=graph_pb2.Denoise(**work))
 
     edges = [
         ("words", "embedding", "base", "embedding"),
@@ -62,8 +71,13 @@ async def drawn(address: str) -> np.ndarray:
     raise AssertionError("no result")
 
 
-async def test_base_and_refiner_draw_what_they_draw_in_plain_diffusers(cluster: LocalCluster, store: Path) -> None:
+async def test_base_and_refiner_draw_what_they_draw_in_plain_diffusers(
+    cluster: LocalCluster, client: Client, store: Path
+) -> None:
     save_variants(store)
+    async with asyncio.timeout(30):
+        while REFINER not in {model.model_id for model in (await client.catalogue()).models}:
+            await asyncio.sleep(0.2)
     found = await drawn(cluster.addresses.router)
     given = {
         "prompt": "a ring", "negative_prompt": NEGATIVE, "guidance_scale": 5.0, "num_inference_steps": STEPS,

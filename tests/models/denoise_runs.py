@@ -105,7 +105,8 @@ def run(store: Path, asked: Asked, checkpoint: bytes | None = None) -> Run:
 
     def on_step(done: StepDone) -> None:
         if done.snapshot is not None:
-            message = checkpoint_message(to_checkpoint(done.snapshot, task, part.device))
+            kept = to_checkpoint(done.snapshot, epoch=0, task_digest=task.digest, device=part.device)
+            message = checkpoint_message(kept)
             checkpoints[done.step] = message.SerializeToString()
 
     journal = Journal(Ticket(alone=True), on_step=on_step, snapshot_interval=1, start=start, to_step=asked.to_step)
