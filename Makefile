@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 # What the contract must stay compatible with. Where that is the commit at hand, the one before it.
 PROTO_BASE ?= main
 
-BENCHES := overhead throughput memory
+BENCHES := overhead throughput memory stepbatch stepcache
 
 BIN := .venv/bin
 PYTHON := $(BIN)/python
