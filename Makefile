@@ -18,7 +18,7 @@ PROTOS := $(wildcard protos/darkroom/v1/*.proto)
 GENERATE := $(PYTHON) -m grpc_tools.protoc -Iprotos
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-long check proto bench gpu compose-test train-shapes judge clean \
+.PHONY: help setup demo up test test-long check proto bench gpu compose-test train-vae train-shapes judge clean \
     check-format check-lint check-types check-imports check-protos check-generated check-compose
 
 help:  ## Lists the targets.
@@ -56,10 +56,15 @@ gpu: $(VENV)  ## Runs the GPU tests, then the benchmarks.
 compose-test: $(VENV)  ## Builds the containers and tests the cluster they form; needs Docker.
 	tests/compose/run.sh
 
-train-shapes: $(VENV)  ## Trains models/shapes anew (hours).
+# Each training keeps its state in out/training: stopped at any time, the same target goes on where it was.
+train-vae: $(VENV)  ## Trains the VAE of the models that ship, then its decoder (hours).
+	$(PYTHON) -m training.vae
+	$(PYTHON) -m training.vae --decoder
+
+train-shapes: $(VENV)  ## Trains models/shapes anew, after train-vae (hours).
 	$(PYTHON) -m training.shapes
 
-judge: $(VENV)  ## Draws 300 scenes with models/shapes and reads them back.
+judge: $(VENV)  ## Draws 600 scenes with models/shapes and reads them back.
 	$(PYTHON) -m training.evaluate
 
 clean:  ## Removes all that git ignores and these targets made, .venv and node_modules too.

@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from darkroom.models.stepcache import Cached, StepCache
 from darkroom.wire.tasks import DecodeTask, DenoiseTask, EncodeTask
 from darkroom.wire.tensors import RawTensor
 from tests.tiny_models import save_tiny_model
-from training.evaluate import GUIDANCE
-from training.judge import score
+from training.evaluate import shares
+from training.judge import mark_all
 from training.scenes import caption, random_scene
 
 _SCENES_SEED = 2026
+_GUIDANCE = 4.0
 _NO_TENSOR = RawTensor("float32", (0,), b"")
 _SAME_DB = 99.0
 """Stands for pictures without any difference."""
@@ -177,7 +178,7 @@ def compare(
             for threshold in (0.0, *thresholds):
                 wish = partial(Wish, scheduler=scheduler, step_count=step_count, threshold=threshold)
                 wishes = [
-                    wish(prompt=caption(scene), guidance_scale=GUIDANCE, seed=seed, side_px=studio.side_px)
+                    wish(prompt=caption(scene), guidance_scale=_GUIDANCE, seed=seed, side_px=studio.side_px)
                     for seed, scene in enumerate(scenes)
                 ]
                 run = studio.denoise(wishes)
@@ -190,11 +191,12 @@ def compare(
                         "step_count": step_count,
                         "threshold": threshold,
                         "saved": run.saved if threshold else 0.0,
+                        "picture_count": count,
                         "psnr_p50_db": float(np.median(decibels)),
                         "psnr_p10_db": float(np.quantile(decibels, 0.1)),
                         "run_s": run.run_s,
                         "cache_bytes": max(cache.size_bytes for cache in run.caches),
-                        **{f"judge_{name}": value for name, value in asdict(score(pictures, scenes)).items()},
+                        **{f"judge_{name}": value for name, value in shares(mark_all(pictures, scenes)).items()},
                     }
                 )
                 report.console.print(*_shown(rows[-1]))
@@ -209,7 +211,7 @@ def _shown(row: Mapping[str, Any]) -> list[str]:
         f"{row['saved']:.1%}",
         f"{row['psnr_p50_db']:.1f}" if is_cached else "",
         f"{row['psnr_p10_db']:.1f}" if is_cached else "",
-        f"{row['judge_all_four']:.1%}",
+        f"{row['judge_everything']:.1%}",
         f"{row['run_s']:.1f}",
     ]
 
@@ -277,8 +279,8 @@ def main() -> None:
     else:
         rows = compare(studio, options.schedulers, options.steps, options.thresholds, options.count)
     studio.close()
-    head = ("solver × steps", "threshold", "saved", "PSNR p50, dB", "p10", "all four right", "run, s")
-    report.table(f"{options.model}, {rows[0]['judge_count']} pictures a row", head, map(_shown, rows))
+    head = ("solver × steps", "threshold", "saved", "PSNR p50, dB", "p10", "all right", "run, s")
+    report.table(f"{options.model}, {rows[0]['picture_count']} pictures a row", head, map(_shown, rows))
     tiny = [beside_uncached(model_id, 10 if options.quick else 30, 0.2) for model_id in ("tiny-sd3", "tiny-flux")]
     report.table(
         "Random transformers, every second request cached at 0.2",

@@ -4,7 +4,6 @@ v-prediction over a linear schedule (Salimans & Ho 2022, arXiv 2202.00512) that 
 usual schedule a flat background leaks through the last step's noise, and at inference the noise then picks it.
 """
 
-import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from training.descent import descend
+from training.descent import Descent, Plan
+from training.latents import Latents
 from training.scenes import Scene, loose_caption
 from training.tokenizer import MAX_TOKENS
 from training.vae import LATENT_CHANNELS
@@ -28,22 +28,27 @@ NOISE_SCHEDULE = {
     "steps_offset": 1,
 }
 TEXT_WIDTH = 128
-_EMA_DECAY = 0.998
+_UNGUIDED_SHARE = 0.1
 
 
 def make_unet() -> UNet2DConditionModel:
-    """An untrained UNet over 8 x 8 latents, cross-attention at both levels."""
+    """An untrained UNet over 16 x 16 latents.
+
+    On a CPU convolutions at 16 x 16 and attention at 4 x 4 cost most for what they bring: the first level is narrow,
+    and attention with the text is at 8 x 8 and in the middle.
+    """
     return UNet2DConditionModel(
-        sample_size=8,
+        sample_size=16,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(48, 96, 160),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
+        resnet_time_scale_shift="scale_shift",
     )
 
 
@@ -55,7 +60,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             hidden_size=TEXT_WIDTH,
             intermediate_size=2 * TEXT_WIDTH,
             projection_dim=TEXT_WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=3,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
@@ -65,85 +70,50 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-class DenoiserTraining:
-    """The two networks in training, their averaged copies, and the data they learn from."""
+def make_noise() -> DDPMScheduler:
+    """The noise that is added in training."""
+    return DDPMScheduler(**{key: value for key, value in NOISE_SCHEDULE.items() if key != "steps_offset"})
 
-    def __init__(
-        self,
-        tokenizer: CLIPTokenizer,
-        scenes: list[Scene],
-        latents: torch.Tensor,
-        *,
-        start: tuple[CLIPTextModel, UNet2DConditionModel] | None = None,
-    ) -> None:
-        """`latents`: [N, 8, 8, 8], scaled to unit deviation, in `scenes`' order; `start`: networks to go on from."""
+
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """[B, MAX_TOKENS] ids, as the pipeline makes them."""
+    tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
+    ids: torch.Tensor = tokens.input_ids
+    return ids
+
+
+def loose_captions(scenes: list[Scene], rng: random.Random) -> list[str]:
+    """A caption of each scene; one in ten is empty, for guidance."""
+    return ["" if rng.random() < _UNGUIDED_SHARE else loose_caption(scene, rng) for scene in scenes]
+
+
+class DenoiserTraining:
+    """The two networks in training, their averages, and the data they learn from."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, data: Latents, plan: Plan, *, folder: Path | None = None) -> None:
         torch.manual_seed(1)
-        self._rng = random.Random(1)
-        self._tokenizer, self._scenes, self._latents = tokenizer, scenes, latents
-        self.text_encoder, self.unet = start or (make_text_encoder(tokenizer), make_unet())
-        self.text_encoder.train()
-        self.unet.train()
-        self._noise = DDPMScheduler(**{k: v for k, v in NOISE_SCHEDULE.items() if k != "steps_offset"})
-        self._live = [*self.text_encoder.parameters(), *self.unet.parameters()]
-        self._mean_text, self._mean_unet = copy.deepcopy(self.text_encoder).eval(), copy.deepcopy(self.unet).eval()
-        self._mean = [*self._mean_text.parameters(), *self._mean_unet.parameters()]
+        self._tokenizer, self._data = tokenizer, data
+        self._text_encoder = make_text_encoder(tokenizer).train()
+        self._unet = make_unet().train().to(memory_format=torch.channels_last)
+        self._noise = make_noise()
+        networks = {"text_encoder": self._text_encoder, "unet": self._unet}
+        self.descent = Descent("denoiser", networks, plan, seed=1, folder=folder)
 
     @property
     def averaged(self) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-        """The exponential averages of both networks: what is shipped."""
-        return self._mean_text, self._mean_unet
+        """The averages of both networks: what is shipped."""
+        return self.descent.averaged("text_encoder"), self.descent.averaged("unet")
 
     def loss(self, batch: int) -> torch.Tensor:
-        """The v-prediction error of a random batch; one caption in ten is empty, for guidance."""
-        rows = torch.randint(len(self._scenes), (batch,))
-        texts = ["" if self._rng.random() < 0.1 else loose_caption(self._scenes[i], self._rng) for i in rows.tolist()]
-        ids = self._tokenizer(
-            texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids
-        embedding_BTD = self.text_encoder(ids)[0]
-        latent_BCHW = self._latents[rows]
+        """The v-prediction error of a random batch."""
+        scenes, latent_BCHW = self._data.take(batch, self.descent.rng)
+        embedding_BTD = self._text_encoder(token_ids(self._tokenizer, loose_captions(scenes, self.descent.rng)))[0]
         noise_BCHW = torch.randn_like(latent_BCHW)
         timestep_B = torch.randint(1000, (batch,))
         noisy_BCHW = self._noise.add_noise(latent_BCHW, noise_BCHW, timestep_B)
         target_BCHW = self._noise.get_velocity(latent_BCHW, noise_BCHW, timestep_B)
-        return F.mse_loss(self.unet(noisy_BCHW, timestep_B, embedding_BTD).sample, target_BCHW)
+        return F.mse_loss(self._unet(noisy_BCHW, timestep_B, embedding_BTD).sample, target_BCHW)
 
-    def run(
-        self,
-        *,
-        steps: int,
-        batch: int = 64,
-        peak: float = 1.2e-3,
-        limit_s: float = float("inf"),
-        log: Path | None = None,
-        each: Callable[[int], None] | None = None,
-    ) -> list[float]:
-        """Trains for `steps` steps or `limit_s` seconds, whichever ends first. Returns the loss of each step."""
-        optimizer = torch.optim.AdamW(self._live, lr=peak, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-
-        def after(step: int) -> None:
-            self._average(step)
-            if each:
-                each(step)
-
-        def note(step: int, seconds: float, loss: float) -> None:
-            if log:
-                with log.open("a") as out:
-                    out.write(f"denoiser {step} {seconds:.0f}s loss {loss:.4f}\n")
-
-        return descend(
-            lambda: self.loss(batch),
-            self._live,
-            optimizer,
-            peak=peak,
-            steps=steps,
-            limit_s=limit_s,
-            warmup=200,
-            note=note,
-            each=after,
-        )
-
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        decay = min(_EMA_DECAY, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._mean, self._live, 1 - decay)
+    def run(self, *, batch: int = 32, each: Callable[[int], None] = lambda _step: None) -> list[float]:
+        """Trains until the plan ends; `each` is called after each step. Returns the loss of each step."""
+        return self.descent.run(lambda: self.loss(batch), each=each)

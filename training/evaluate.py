@@ -4,60 +4,67 @@ python -m training.evaluate --model models/shapes --count 300 --sheet docs/image
 """
 
 import argparse
+import json
 import math
 import random
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from training.judge import Score, score
-from training.scenes import Scene, caption, make_dataset, random_scene
+from training.judge import Marks, mark_all
+from training.scenes import Scene, caption, make_dataset, random_pair, random_single
 
-STEPS, GUIDANCE = 25, 4.0
 _SCENES_SEED = 2026
+_BATCH = 20
+
+
+def easy_scenes(count: int, seed: int = _SCENES_SEED) -> list[Scene]:
+    """Scenes of one thing."""
+    rng = random.Random(seed)
+    return [random_single(rng) for _ in range(count)]
+
+
+def hard_scenes(count: int, seed: int = _SCENES_SEED) -> list[Scene]:
+    """Scenes of two things."""
+    rng = random.Random(seed)
+    return [random_pair(rng) for _ in range(count)]
+
+
+def load(folder: Path) -> DiffusionPipeline:
+    """The model in `folder`, in float32, without a progress bar."""
+    pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @torch.no_grad()
 def generate(
-    pipe: StableDiffusionPipeline, scenes: list[Scene], *, steps: int = STEPS, guidance: float = GUIDANCE, seed: int = 0
+    pipe: DiffusionPipeline, scenes: Sequence[Scene], *, steps: int, guidance: float, seed: int = 0
 ) -> np.ndarray:
     """Draws each scene's canonical caption, seeds counted up from `seed`. Returns [N, H, W, 3] uint8."""
     pictures = []
-    for start in range(0, len(scenes), 25):
-        part = scenes[start : start + 25]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(part))]
+    for start in range(0, len(scenes), _BATCH):
+        part = scenes[start : start + _BATCH]
         answer = pipe(
-            [caption(s) for s in part],
+            [caption(scene) for scene in part],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=generators,
+            generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
             output_type="np",
         )
         pictures.append((answer.images * 255).round().astype(np.uint8))
     return np.concatenate(pictures)
 
 
-def contact_sheet(pictures: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
+def contact_sheet(pictures: np.ndarray, columns: int) -> Image.Image:
     """Pictures [N, H, W, 3] side by side, `columns` in a row; the last row is dropped if it is not full."""
-    rows = [
-        np.concatenate(list(pictures[i : i + columns]), axis=1) for i in range(0, len(pictures) - columns + 1, columns)
-    ]
-    sheet = Image.fromarray(np.concatenate(rows))
-    return sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.NEAREST)
-
-
-def evaluate(folder: Path, count: int, *, steps: int = STEPS, guidance: float = GUIDANCE) -> tuple[Score, np.ndarray]:
-    """Draws `count` random scenes with the model in `folder` and reads them back with the judge."""
-    rng = random.Random(_SCENES_SEED)
-    scenes = [random_scene(rng) for _ in range(count)]
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    pictures = generate(pipe, scenes, steps=steps, guidance=guidance)
-    return score(pictures, scenes), pictures
+    starts = range(0, len(pictures) - columns + 1, columns)
+    return Image.fromarray(np.concatenate([np.concatenate(list(pictures[i : i + columns]), axis=1) for i in starts]))
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -68,31 +75,48 @@ def interval(share: float, count: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def report(title: str, result: Score) -> None:
+def shares(marks: Sequence[Marks]) -> dict[str, float]:
+    """The share of pictures that are right, by attribute, and in everything."""
+    names = [*(field.name for field in fields(Marks)), "everything"]
+    return {name: sum(getattr(m, name) for m in marks) / len(marks) for name in names}
+
+
+def in_a_line(marks: Sequence[Marks]) -> str:
+    """The shares in per cent, for a log."""
+    return " ".join(f"{name} {share:.1%}" for name, share in shares(marks).items())
+
+
+def report(title: str, marks: Sequence[Marks]) -> None:
     """Prints each attribute's share with its interval."""
-    print(f"{title} ({result.count} pictures)")
-    for name, share in asdict(result).items():
-        if name != "count":
-            low, high = interval(share, result.count)
-            print(f"  {name:10} {share:6.1%}   95 % interval {low:6.1%} to {high:6.1%}")
+    print(f"{title} ({len(marks)} pictures)")
+    for name, share in shares(marks).items():
+        low, high = interval(share, len(marks))
+        print(f"  {name:10} {share:6.1%}   95 % interval {low:6.1%} to {high:6.1%}")
 
 
 def main() -> None:
-    """Measures the judge on drawn truth, then the model."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Measures the judge on drawn truth, then the model on easy and on hard prompts."""
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("models/shapes"))
-    parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first 60 pictures here")
+    parser.add_argument("--count", type=int, default=300, help="pictures of each kind")
+    parser.add_argument("--steps", type=int, help="default: the model's own")
+    parser.add_argument("--guidance", type=float, help="default: the model's own")
+    parser.add_argument("--sheet", type=Path, help="write a contact sheet of 30 easy and 30 hard pictures here")
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    defaults = json.loads((options.model / "darkroom.json").read_text())
+    steps = options.steps or defaults["default_step_count"]
+    guidance = defaults["default_guidance_scale"] if options.guidance is None else options.guidance
     truth = make_dataset(2000, seed=99)
-    report("The judge on drawn truth", score(truth.pictures, truth.scenes))
-    result, pictures = evaluate(options.model, options.count, steps=options.steps, guidance=options.guidance)
-    report(f"{options.model} at {options.steps} steps, guidance {options.guidance:g}", result)
+    report("The judge on drawn truth", mark_all(truth.pictures, truth.scenes))
+    pipe, shown = load(options.model), []
+    for kind, scenes in (("one thing", easy_scenes(options.count)), ("two things", hard_scenes(options.count))):
+        pictures = generate(pipe, scenes, steps=steps, guidance=guidance)
+        report(f"{options.model} at {steps} steps, guidance {guidance:g}, {kind}", mark_all(pictures, scenes))
+        shown.append(pictures[:30])
     if options.sheet:
         options.sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(pictures[:60], 12).save(options.sheet)
+        contact_sheet(np.concatenate(shown), 10).save(options.sheet)
 
 
 if __name__ == "__main__":

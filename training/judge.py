@@ -3,87 +3,182 @@
 Its own error on drawn truth is measured first (`python -m training.evaluate`), so that a model's figure can be trusted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from scipy import ndimage  # type: ignore[import-untyped]
 
-from training.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZE_PX, SIZES, Scene, draw_mask
+from training.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZE_PX,
+    SIZES,
+    Scene,
+    Thing,
+    draw_mask,
+    turned,
+)
 
-_MARGIN = 0.45  # share of the way from background to shape colour at which a pixel counts as shape
+_LEAST_CONTRAST = 60  # sum over red, green and blue by which a thing differs from the background
+_LEAST_AREA_PX = 150  # a quarter of the smallest thing drawn; less is dirt
+_LEAST_OVERLAP = 0.7  # with the best template, or it is no shape at all
+_EDGE = 0.45  # share of the way from background to a thing's colour at which a pixel counts as the thing
+_WINDOW_PX = 80  # holds the largest thing
+_RADII_PX = np.arange(16.0, 34.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """A thing as read, with its centre and radius in px."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+
+def read(picture: np.ndarray) -> Scene | None:
+    """Reads the scene off a picture [SIZE_PX, SIZE_PX, 3] uint8; None unless one or two shapes stand out."""
+    pixels = picture.astype(np.float32)
+    ground = _ground(pixels)
+    background = _nearest(ground, BACKGROUNDS)
+    forms = [_form(pixels, ground, part) for part in _parts(np.abs(pixels - ground).sum(2))]
+    if any(form is None for form in forms) or not 1 <= len(forms) <= 2:
+        return None
+    found = [form for form in forms if form]
+    place = _place(found[0]) if len(found) == 1 else _relation(*found)
+    return Scene(
+        things=tuple(_thing(form, alone=len(found) == 1) for form in found), place=place, background=background
+    )
+
+
+def read_background(picture: np.ndarray) -> str:
+    """The background's name, whatever stands on it."""
+    return _nearest(_ground(picture.astype(np.float32)), BACKGROUNDS)
+
+
+def _ground(pixels: np.ndarray) -> np.ndarray:
+    """The colour of the picture's frame, two pixels wide."""
+    sides = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
+    colour: np.ndarray = np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), axis=0)
+    return colour
+
+
+def _parts(distance: np.ndarray) -> list[np.ndarray]:
+    """Connected parts that differ from the background: masks [SIZE_PX, SIZE_PX]."""
+    labels, count = ndimage.label(distance > _LEAST_CONTRAST, np.ones((3, 3)))
+    parts = [labels == label for label in range(1, count + 1)]
+    return [part for part in parts if part.sum() >= _LEAST_AREA_PX]
+
+
+def _form(pixels: np.ndarray, ground: np.ndarray, part: np.ndarray) -> _Form | None:
+    distance = np.abs(pixels - ground).sum(2) * part
+    core = np.quantile(distance[part], 0.75)
+    mask = distance > _EDGE * core
+    colour = np.median(pixels[distance > 0.8 * core], axis=0)
+    ys, xs = np.nonzero(mask)
+    y, x = (ys.min() + ys.max()) / 2, (xs.min() + xs.max()) / 2
+    window = _window(mask, round(x), round(y))
+    kinds, templates, areas = _templates()
+    shared = templates @ window.ravel().astype(np.float32)
+    overlap = shared / (areas + window.sum() - shared)
+    best = int(overlap.argmax())
+    if overlap[best] < _LEAST_OVERLAP:
+        return None
+    shape, radius = kinds[best]
+    return _Form(_nearest(colour, COLOURS), shape, x, y, radius)
+
+
+def _window(mask: np.ndarray, x: int, y: int) -> np.ndarray:
+    """The part of the mask around (x, y)."""
+    half = _WINDOW_PX // 2
+    return np.pad(mask, half)[y : y + _WINDOW_PX, x : x + _WINDOW_PX]
+
+
+@cache
+def _templates() -> tuple[list[tuple[str, float]], np.ndarray, np.ndarray]:
+    """Every shape at every radius: (shape, radius), masks [N, window] and their areas [N]."""
+    kinds = [(shape, float(radius)) for shape in SHAPES for radius in _RADII_PX]
+    masks = []
+    for shape, radius in kinds:
+        mask = draw_mask(shape, SIZE_PX / 2, SIZE_PX / 2, radius) > _EDGE * 255
+        ys, xs = np.nonzero(mask)
+        masks.append(_window(mask, round((xs.min() + xs.max()) / 2), round((ys.min() + ys.max()) / 2)).ravel())
+    stacked = np.stack(masks).astype(np.float32)
+    return kinds, stacked, stacked.sum(1)
 
 
 def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: float(np.abs(colour - np.array(palette[name])).sum()))
 
 
-def _centred(mask: np.ndarray) -> np.ndarray:
-    """The mask moved so that its bounding box is centred, as well as whole pixels allow."""
-    ys, xs = np.nonzero(mask)
-    dy, dx = (SIZE_PX - ys.min() - ys.max()) // 2, (SIZE_PX - xs.min() - xs.max()) // 2
-    return np.roll(mask, (dy, dx), (0, 1))
+def _place(form: _Form) -> str:
+    return min(PLACES, key=lambda name: float(np.hypot(form.x - PLACES[name][0], form.y - PLACES[name][1])))
 
 
-@cache
-def _templates() -> tuple[tuple[str, str, np.ndarray], ...]:
-    """(shape, size, mask) over a few radii of each size."""
-    made = []
-    for shape in SHAPES:
-        for size, radius in SIZES.items():
-            for scale in (0.88, 0.94, 1.0, 1.06, 1.12):
-                scene = Scene(size=size, colour="red", shape=shape, place="in the center", background="white")
-                made.append((shape, size, _centred(draw_mask(scene, SIZE_PX / 2, SIZE_PX / 2, radius * scale) > 127)))
-    return tuple(made)
+def _relation(first: _Form, second: _Form) -> str:
+    right, down = second.x - first.x, second.y - first.y
+    if abs(right) > abs(down):
+        return "left of" if right > 0 else "right of"
+    return "above" if down > 0 else "below"
 
 
-def read(picture: np.ndarray) -> Scene | None:
-    """Reads the scene off a picture [SIZE_PX, SIZE_PX, 3] uint8; None when no shape stands out."""
-    pixels = picture.astype(np.float32)
-    frame = np.concatenate(
-        [
-            pixels[:2].reshape(-1, 3),
-            pixels[-2:].reshape(-1, 3),
-            pixels[:, :2].reshape(-1, 3),
-            pixels[:, -2:].reshape(-1, 3),
-        ]
-    )
-    ground = np.median(frame, axis=0)
-    distance = np.abs(pixels - ground).sum(2)
-    core = np.quantile(distance, 0.985)
-    if core < 60:
-        return None
-    mask = distance > _MARGIN * core
-    colour = np.median(pixels[distance > 0.8 * core], axis=0)
-    ys, xs = np.nonzero(mask)
-    centre = np.array([(xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2])
-    place = min(PLACES, key=lambda name: float(np.linalg.norm(centre - np.array(PLACES[name]))))
-    moved = _centred(mask)
-    overlap = [((moved & t).sum() / (moved | t).sum(), shape, size) for shape, size, t in _templates()]
-    _, shape, size = max(overlap)
-    return Scene(
-        size=size, colour=_nearest(colour, COLOURS), shape=shape, place=place, background=_nearest(ground, BACKGROUNDS)
-    )
+def _thing(form: _Form, *, alone: bool) -> Thing:
+    size = min(SIZES, key=lambda name: abs(SIZES[name] - form.radius)) if alone else None
+    return Thing(colour=form.colour, shape=form.shape, size=size)
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """Share of pictures on which each attribute was read as asked for; `all_four` leaves size out."""
+class Marks:
+    """What is right about one picture."""
 
-    colour: float
-    shape: float
-    place: float
-    background: float
-    size: float
-    all_four: float
-    count: int
+    count: bool
+    """As many things as asked for; if not, only the background can be right besides."""
+    colour: bool
+    shape: bool
+    size: bool
+    place: bool
+    """Or the relation, of two things."""
+    background: bool
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is wrong."""
+        return all((self.count, self.colour, self.shape, self.size, self.place, self.background))
 
 
-def score(pictures: np.ndarray, asked: list[Scene]) -> Score:
-    """Compares what is read off `pictures` [N, H, W, 3] uint8 with what was asked for."""
-    seen = [read(picture) for picture in pictures]
-    names = ("colour", "shape", "place", "background", "size")
-    right = np.array(
-        [[s is not None and getattr(s, n) == getattr(a, n) for n in names] for s, a in zip(seen, asked, strict=True)]
+def mark(picture: np.ndarray, asked: Scene) -> Marks:
+    """Compares what is read off a picture with what was asked for.
+
+    Two things are taken in the order that agrees best, so that things swapped count against their place alone.
+    """
+    seen = read(picture)
+    if seen is None or len(seen.things) != len(asked.things):
+        wrong = dict.fromkeys(("count", "colour", "shape", "size", "place"), False)
+        return Marks(**wrong, background=read_background(picture) == asked.background)
+    told = [_compare(seen, asked)]
+    if seen.is_hard:
+        told.append(_compare(turned(seen), asked))
+    return max(told, key=lambda marks: (marks.colour + marks.shape, marks.place))
+
+
+def mark_all(pictures: np.ndarray, asked: Sequence[Scene]) -> list[Marks]:
+    """`mark` of each of `pictures` [N, SIZE_PX, SIZE_PX, 3] uint8."""
+    return [mark(picture, scene) for picture, scene in zip(pictures, asked, strict=True)]
+
+
+def _compare(seen: Scene, asked: Scene) -> Marks:
+    pairs = list(zip(seen.things, asked.things, strict=True))
+    return Marks(
+        count=True,
+        colour=all(a.colour == b.colour for a, b in pairs),
+        shape=all(a.shape == b.shape for a, b in pairs),
+        size=all(a.size == b.size for a, b in pairs),
+        place=seen.place == asked.place,
+        background=seen.background == asked.background,
     )
-    shares = dict(zip(names, right.mean(0).tolist(), strict=True))
-    return Score(**shares, all_four=float(right[:, :4].all(1).mean()), count=len(asked))

@@ -1,6 +1,8 @@
-"""The world that the shipped models draw: one flat shape on a plain background, with a caption that says all of it.
+"""The world that the shipped models draw: one or two flat shapes on a plain background, and captions that say so.
 
-Every picture is drawn by PIL from a `Scene`, so the truth behind a caption is known exactly.
+Every picture is drawn by PIL from a `Scene`, so the truth behind a caption is known exactly. A scene of one thing names
+its size and its place (the easy case); one of two names how they stand to each other (the hard one), and both have
+the same size, which nobody says.
 """
 
 import math
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE_PX = 64
+SIZE_PX = 128
 _SUPERSAMPLING = 4
 
 COLOURS = {
@@ -26,29 +28,73 @@ COLOURS = {
 BACKGROUNDS = {"white": (250, 250, 250), "gray": (128, 128, 128), "black": (10, 10, 10), "beige": (232, 214, 176)}
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring")
 PLACES = {
-    "at the left": (18, 32),
-    "at the right": (46, 32),
-    "at the top": (32, 18),
-    "at the bottom": (32, 46),
-    "in the center": (32, 32),
+    "at the left": (36, 64),
+    "at the right": (92, 64),
+    "at the top": (64, 36),
+    "at the bottom": (64, 92),
+    "in the center": (64, 64),
 }
-SIZES = {"small": 9.5, "large": 15.0}
+SIZES = {"small": 19.0, "large": 30.0}
+"""Radius of a thing that stands alone, in px."""
+PAIR_RADIUS_PX = 21.0
+"""Radius of each of two things."""
+RELATIONS = {
+    "left of": ((35, 64), (93, 64)),
+    "right of": ((93, 64), (35, 64)),
+    "above": ((64, 35), (64, 93)),
+    "below": ((64, 93), (64, 35)),
+}
+"""Where the first and the second of two things are."""
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_JITTER_PX = 3.0
+_PAIR_SHARE = 0.6  # of random scenes: there is more to learn from two things than from one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thing:
+    """A flat shape in one colour."""
+
+    colour: str
+    shape: str
+    size: str | None = None
+    """None where it stands beside another: both are then of one size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
     """What one picture shows, in the words of its caption."""
 
-    size: str
-    colour: str
-    shape: str
+    things: tuple[Thing, ...]
+    """One or two. Two differ in colour or shape, or their relation would mean nothing."""
     place: str
+    """Where one thing is, of PLACES; how the first of two stands to the second, of RELATIONS."""
     background: str
 
+    @property
+    def is_hard(self) -> bool:
+        """Whether there are two things, whose colours and shapes a model may mix up."""
+        return len(self.things) == 2
 
-def random_scene(rng: random.Random) -> Scene:
-    """Draws each attribute uniformly and independently."""
-    return Scene(
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A picture of a scene, and the truth behind it."""
+
+    scene: Scene
+    picture: np.ndarray
+    """[SIZE_PX, SIZE_PX, 3] uint8."""
+    masks: np.ndarray
+    """[2, SIZE_PX, SIZE_PX] uint8: coverage by each thing, in the scene's order, 0 to 255; all 0 for none."""
+
+
+def single(size: str, colour: str, shape: str, place: str, background: str) -> Scene:
+    """The scene of one thing."""
+    return Scene(things=(Thing(colour=colour, shape=shape, size=size),), place=place, background=background)
+
+
+def random_single(rng: random.Random) -> Scene:
+    """A scene of one thing, each attribute drawn uniformly and independently."""
+    return single(
         size=rng.choice(list(SIZES)),
         colour=rng.choice(list(COLOURS)),
         shape=rng.choice(SHAPES),
@@ -57,22 +103,66 @@ def random_scene(rng: random.Random) -> Scene:
     )
 
 
+def random_pair(rng: random.Random) -> Scene:
+    """A scene of two different things, each attribute drawn uniformly and independently."""
+    kinds = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    first, second = (Thing(colour=colour, shape=shape) for colour, shape in rng.sample(kinds, 2))
+    return Scene(things=(first, second), place=rng.choice(list(RELATIONS)), background=rng.choice(list(BACKGROUNDS)))
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """A scene of one thing or of two."""
+    return random_pair(rng) if rng.random() < _PAIR_SHARE else random_single(rng)
+
+
+def turned(scene: Scene) -> Scene:
+    """The same scene of two things told from the other one: a left of b is b right of a."""
+    return Scene(things=scene.things[::-1], place=OPPOSITE[scene.place], background=scene.background)
+
+
 def caption(scene: Scene) -> str:
     """The canonical caption: every attribute, in a fixed order."""
-    return f"a {scene.size} {scene.colour} {scene.shape} {scene.place} on a {scene.background} background"
+    things = [_name(thing) for thing in scene.things]
+    if len(things) == 2:
+        return f"{things[0]} {scene.place} {things[1]} on a {scene.background} background"
+    return f"{things[0]} {scene.place} on a {scene.background} background"
+
+
+def _name(thing: Thing) -> str:
+    """With its article: no word of the language begins with a vowel but orange."""
+    words = [word for word in (thing.size, thing.colour, thing.shape) if word]
+    return f"{'an' if words[0] == 'orange' else 'a'} {' '.join(words)}"
 
 
 def loose_caption(scene: Scene, rng: random.Random) -> str:
     """A caption as people write it: now and then an attribute is left out, or the parts come in another order."""
-    size = "" if rng.random() < 0.1 else f"{scene.size} "
-    parts = [f"a {size}{scene.colour} {scene.shape}"]
-    if rng.random() > 0.05:
-        parts.append(scene.place)
+    parts = [_loose_pair(scene, rng)] if scene.is_hard else _loose_single(scene, rng)
     if rng.random() > 0.05:
         parts.append(f"on a {scene.background} background")
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         rng.shuffle(parts)
-    return " ".join(parts)
+    text = " ".join(parts)
+    if rng.random() < 0.1:
+        text = " ".join(word for word in text.split() if word not in ("a", "an"))
+    return text
+
+
+def _loose_single(scene: Scene, rng: random.Random) -> list[str]:
+    (thing,) = scene.things
+    size = thing.size if rng.random() > 0.1 else None
+    parts = [_name(Thing(colour=thing.colour, shape=thing.shape, size=size))]
+    if rng.random() > 0.05:
+        parts.append(scene.place)
+    return parts
+
+
+def _loose_pair(scene: Scene, rng: random.Random) -> str:
+    told = turned(scene) if rng.random() < 0.5 else scene
+    first, second = (_name(thing) for thing in told.things)
+    if rng.random() < 0.05:
+        return f"{first} and {second}"
+    to_the = "to the " if told.place.endswith("of") and rng.random() < 0.2 else ""
+    return f"{first} {to_the}{told.place} {second}"
 
 
 def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]]:
@@ -86,65 +176,66 @@ def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
         return [(x, y - 1.1 * r), (x + 0.75 * r, y), (x, y + 1.1 * r), (x - 0.75 * r, y)]
     if shape == "cross":
         a = 0.36 * r
-        corners = [
-            (-a, -r),
-            (a, -r),
-            (a, -a),
-            (r, -a),
-            (r, a),
-            (a, a),
-            (a, r),
-            (-a, r),
-            (-a, a),
-            (-r, a),
-            (-r, -a),
-            (-a, -a),
-        ]
+        quarter = [(a, r), (a, a), (r, a)]
+        right = quarter + [(dx, -dy) for dx, dy in reversed(quarter)]
+        corners = right + [(-dx, dy) for dx, dy in reversed(right)]
         return [(x + dx, y + dy) for dx, dy in corners]
     radii = [1.15 * r if i % 2 == 0 else 0.5 * r for i in range(10)]
     return [(x + q * math.sin(i * math.pi / 5), y - q * math.cos(i * math.pi / 5)) for i, q in enumerate(radii)]
 
 
-def draw_mask(scene: Scene, x: float, y: float, r: float) -> np.ndarray:
-    """Coverage of each pixel by the shape: [SIZE_PX, SIZE_PX] uint8, 0 to 255, antialiased."""
+def draw_mask(shape: str, x: float, y: float, r: float) -> np.ndarray:
+    """Coverage of each pixel by a shape of radius `r` px around (x, y): [SIZE_PX, SIZE_PX] uint8, antialiased."""
     s = _SUPERSAMPLING
-    canvas = Image.new("L", (SIZE_PX * s, SIZE_PX * s), 0)
+    left, top = (max(0, math.floor(c - 1.2 * r) - 1) for c in (x, y))
+    right, bottom = (min(SIZE_PX, math.ceil(c + 1.2 * r) + 1) for c in (x, y))
+    canvas = Image.new("L", ((right - left) * s, (bottom - top) * s), 0)
     pen = ImageDraw.Draw(canvas)
-    if scene.shape in ("circle", "ring"):
-        pen.ellipse([(x - r) * s, (y - r) * s, (x + r) * s, (y + r) * s], fill=255)
-        if scene.shape == "ring":
-            q = 0.55 * r
-            pen.ellipse([(x - q) * s, (y - q) * s, (x + q) * s, (y + q) * s], fill=0)
+    cx, cy, radius = (x - left) * s, (y - top) * s, r * s
+    if shape in ("circle", "ring"):
+        pen.ellipse([cx - radius, cy - radius, cx + radius, cy + radius], fill=255)
+        if shape == "ring":
+            hole = 0.55 * radius
+            pen.ellipse([cx - hole, cy - hole, cx + hole, cy + hole], fill=0)
     else:
-        pen.polygon([(px * s, py * s) for px, py in _outline(scene.shape, x, y, r)], fill=255)
-    return np.asarray(canvas.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX))
+        pen.polygon(_outline(shape, cx, cy, radius), fill=255)
+    mask = np.zeros((SIZE_PX, SIZE_PX), np.uint8)
+    mask[top:bottom, left:right] = np.asarray(canvas.reduce(s))
+    return mask
 
 
-def draw(scene: Scene, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the scene with a little jitter of place and size.
-
-    Returns the picture [SIZE_PX, SIZE_PX, 3] uint8 and the shape's coverage [SIZE_PX, SIZE_PX] uint8.
-    """
-    x, y = PLACES[scene.place]
-    r = SIZES[scene.size] * rng.uniform(0.94, 1.06)
-    mask = draw_mask(scene, x + rng.uniform(-1.5, 1.5), y + rng.uniform(-1.5, 1.5), r)
-    alpha = mask[..., None].astype(np.float32) / 255
-    picture = alpha * np.array(COLOURS[scene.colour]) + (1 - alpha) * np.array(BACKGROUNDS[scene.background])
-    return picture.round().astype(np.uint8), mask
+def draw(scene: Scene, rng: random.Random) -> Drawing:
+    """Draws the scene with a little jitter of places and sizes."""
+    centres = RELATIONS[scene.place] if scene.is_hard else (PLACES[scene.place],)
+    masks = np.zeros((2, SIZE_PX, SIZE_PX), np.uint8)
+    picture = np.empty((SIZE_PX, SIZE_PX, 3), np.float32)
+    picture[:] = BACKGROUNDS[scene.background]
+    for mask, thing, (x, y) in zip(masks, scene.things, centres, strict=False):
+        radius = (SIZES[thing.size] if thing.size else PAIR_RADIUS_PX) * rng.uniform(0.94, 1.06)
+        jitter_x, jitter_y = (rng.uniform(-_JITTER_PX, _JITTER_PX) for _ in range(2))
+        mask[:] = draw_mask(thing.shape, x + jitter_x, y + jitter_y, radius)
+        alpha = mask[..., None].astype(np.float32) / 255
+        picture += alpha * (np.array(COLOURS[thing.colour], np.float32) - picture)
+    return Drawing(scene, picture.round().astype(np.uint8), masks)
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Drawn scenes: `pictures` [N, H, W, 3] uint8, `masks` [N, H, W] uint8, and the truth behind each."""
+    """Drawn scenes: `pictures` [N, H, W, 3] uint8, `masks` [N, 2, H, W] uint8, and the truth behind each."""
 
     scenes: list[Scene]
     pictures: np.ndarray
     masks: np.ndarray
 
 
+def random_scenes(count: int, seed: int) -> list[Scene]:
+    """The scenes of `make_dataset`, not drawn."""
+    rng = random.Random(seed)
+    return [random_scene(rng) for _ in range(count)]
+
+
 def make_dataset(count: int, seed: int) -> Dataset:
     """Draws `count` random scenes; equal seeds give equal data."""
-    rng = random.Random(seed)
-    scenes = [random_scene(rng) for _ in range(count)]
+    scenes, rng = random_scenes(count, seed), random.Random(f"drawing {seed}")
     drawn = [draw(scene, rng) for scene in scenes]
-    return Dataset(scenes, np.stack([p for p, _ in drawn]), np.stack([m for _, m in drawn]))
+    return Dataset(scenes, np.stack([d.picture for d in drawn]), np.stack([d.masks for d in drawn]))

@@ -1,7 +1,8 @@
 """Makes `models/shapes`, from drawn scenes to a folder that StableDiffusionPipeline loads.
 
-    python -m training.shapes --vae-s 900 --denoiser-s 3000 --out models/shapes
+    python -m training.shapes --folder out/training --limit-s 20000 --out models/shapes
 
+Stopped at any time, the same command goes on where it was. The VAE comes first (`training.vae`).
 Weights are stored in half precision, and config.json says float32: half the bytes, and loaders compute in float32.
 """
 
@@ -9,22 +10,22 @@ import argparse
 import copy
 import json
 import shutil
-import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.denoiser import NOISE_SCHEDULE, DenoiserTraining
-from training.evaluate import contact_sheet, evaluate
-from training.judge import score
-from training.scenes import make_dataset
+from training.descent import Plan
+from training.evaluate import contact_sheet, easy_scenes, generate, hard_scenes, in_a_line
+from training.judge import mark_all
+from training.latents import load_latents
 from training.tokenizer import make_tokenizer
-from training.vae import encode_all, reconstruct, refine_decoder, train_vae
 
-DATASET_SEED = 0
-_SECONDS_BETWEEN_SNAPSHOTS = 420
+STEPS, GUIDANCE = 25, 3.0
+_LOOK_EVERY = 1500
 
 
 def assemble(
@@ -45,20 +46,20 @@ def assemble(
     return pipe
 
 
-def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
+def save(pipe: DiffusionPipeline, folder: Path) -> None:
     """Writes the pipeline in diffusers' directory format, weights in half precision, in one go.
 
-    Files beside the pipeline's own, such as the card, stay.
+    Files beside the pipeline's own, such as the card, stay. The networks given are left as they are.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for name in ("vae", "unet", "text_encoder"):
-        getattr(pipe, name).half()
-    pipe.save_pretrained(partial, safe_serialization=True)
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    halved = {name: copy.deepcopy(network).half() for name, network in networks.items()}
+    type(pipe)(**{**pipe.components, **halved}).save_pretrained(partial, safe_serialization=True)
     for config in partial.glob("*/config.json"):
         entries = json.loads(config.read_text())
         entries.pop("_name_or_path", None)  # where it was loaded from on the machine that trained it
-        if config.parent.name == "text_encoder":
+        if config.parent.name.startswith("text_encoder"):
             entries["dtype"] = "float32"
         config.write_text(json.dumps(entries, indent=2) + "\n")
     for file in partial.rglob("*.safetensors"):
@@ -71,73 +72,51 @@ def save(pipe: StableDiffusionPipeline, folder: Path) -> None:
     partial.rename(folder)
 
 
+def look(training: DenoiserTraining, vae: AutoencoderKL, folder: Path, *, count: int) -> None:
+    """Logs what the judge makes of `count` easy and `count` hard pictures, and keeps a sheet of them."""
+    pipe, shown = assemble(vae, *training.averaged, make_tokenizer()), []
+    for kind, scenes in (("easy", easy_scenes(count)), ("hard", hard_scenes(count))):
+        pictures = generate(pipe, scenes, steps=STEPS, guidance=GUIDANCE)
+        training.descent.note(f"{kind} {in_a_line(mark_all(pictures, scenes))}")
+        shown.append(pictures[:30])
+    contact_sheet(np.concatenate(shown), 10).save(folder / "shapes.png")
+
+
 def main() -> None:
-    """Trains everything within the given times, saving a snapshot of the whole model every few minutes."""
+    """Trains the text encoder and UNet, looks at their pictures now and then, and saves the model at the end."""
     options = _options()
-    torch.set_num_threads(options.threads)
-    options.log.parent.mkdir(parents=True, exist_ok=True)
-    data = make_dataset(options.scenes, DATASET_SEED)
-    pictures = torch.from_numpy(data.pictures)
-    if options.vae:
-        vae = AutoencoderKL.from_pretrained(options.vae).eval()
-    else:
-        vae, _ = train_vae(data, steps=100_000, limit_s=options.vae_s, log=options.log)
-        vae.save_pretrained(options.out.parent / ".vae-float32")
-    start = None
-    if options.go_on_from:
-        begun = StableDiffusionPipeline.from_pretrained(options.go_on_from, safety_checker=None, dtype=torch.float32)
-        start = begun.text_encoder, begun.unet
-    training = DenoiserTraining(
-        make_tokenizer(), data.scenes, encode_all(vae, pictures) * vae.config.scaling_factor, start=start
+    torch.set_num_threads(1)
+    vae = AutoencoderKL.from_pretrained(options.folder / "vae").eval()
+    data = load_latents(vae, options.folder, options.scenes)
+    plan = Plan(
+        peak=options.peak,
+        limit_s=options.limit_s,
+        run_s=options.run_s,
+        warmup=300,
+        fall=0.3,
+        decay=0.999,
+        weight_decay=1e-2,
     )
-    next_s = time.monotonic() + _SECONDS_BETWEEN_SNAPSHOTS
+    training = DenoiserTraining(make_tokenizer(), data, plan, folder=options.folder)
 
-    def snapshot(step: int) -> None:
-        nonlocal next_s
-        if time.monotonic() > next_s:
-            publish(vae, training, options.out, count=60, log=options.log, step=step)
-            next_s = time.monotonic() + _SECONDS_BETWEEN_SNAPSHOTS
+    def each(step: int) -> None:
+        if step % _LOOK_EVERY == 0:
+            with torch.random.fork_rng():
+                look(training, vae, options.folder, count=40)
 
-    if options.denoiser_s:
-        training.run(steps=100_000, peak=options.peak, limit_s=options.denoiser_s, log=options.log, each=snapshot)
-    if options.decoder_s:
-        refine_decoder(vae, data, steps=100_000, limit_s=options.decoder_s, log=options.log)
-        vae.save_pretrained(options.out.parent / ".vae-refined")
-    note(options.log, f"vae reconstruction {score(reconstruct(vae, pictures[:300]).numpy(), data.scenes[:300])}")
-    publish(vae, training, options.out, count=300, log=options.log, step=None)
+    training.run(each=each)
+    save(assemble(vae, *training.averaged, make_tokenizer()), options.out)
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vae-s", type=float, default=840, help="seconds to train the VAE")
-    parser.add_argument("--denoiser-s", type=float, default=4200, help="seconds to train the text encoder and UNet")
-    parser.add_argument("--decoder-s", type=float, default=1200, help="seconds to train the decoder on, alone")
-    parser.add_argument("--peak", type=float, default=1.2e-3, help="highest learning rate of the denoiser")
-    parser.add_argument("--scenes", type=int, default=20000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vae", type=Path, help="take this trained VAE instead of training one")
-    parser.add_argument("--go-on-from", type=Path, help="start from the text encoder and UNet of this model")
+    parser = argparse.ArgumentParser(prog="python -m training.shapes", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("out/training"), help="where the state of trainings is")
+    parser.add_argument("--limit-s", type=float, default=20000, help="CPU seconds of the whole training")
+    parser.add_argument("--run-s", type=float, default=float("inf"), help="CPU seconds of this run")
+    parser.add_argument("--peak", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--scenes", type=int, default=24000)
     parser.add_argument("--out", type=Path, default=Path("models/shapes"))
-    parser.add_argument("--log", type=Path, default=Path("out/training.log"))
     return parser.parse_args()
-
-
-def publish(
-    vae: AutoencoderKL, training: DenoiserTraining, folder: Path, *, count: int, log: Path, step: int | None
-) -> None:
-    """Saves the averaged networks as a whole model, and logs what the judge makes of its pictures."""
-    text_encoder, unet = (copy.deepcopy(network) for network in training.averaged)
-    save(assemble(copy.deepcopy(vae), text_encoder, unet, make_tokenizer()), folder)
-    result, pictures = evaluate(folder, count)
-    contact_sheet(pictures[:60], 12).save(log.parent / "shapes.png")
-    note(log, f"{'finished' if step is None else f'step {step}'} {result}")
-
-
-def note(log: Path, line: str) -> None:
-    """Appends a line to the log and prints it."""
-    with log.open("a") as out:
-        out.write(line + "\n")
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from itertools import pairwise
 from transformers import CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from training.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
+from training.scenes import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES
 
 MAX_TOKENS = 32
 _END = "</w>"
@@ -17,7 +17,7 @@ _END = "</w>"
 
 def caption_words() -> list[str]:
     """Every word a caption can hold, in a fixed order."""
-    phrases = ["a", "on", "background", *SIZES, *COLOURS, *SHAPES, *PLACES, *BACKGROUNDS]
+    phrases = ["a", "on", "background", *SIZES, *COLOURS, *SHAPES, *PLACES, *BACKGROUNDS, "an", "and", "to", *RELATIONS]
     return list(dict.fromkeys(re.findall(r"[a-z]+", " ".join(phrases))))
 
 

@@ -1,0 +1,63 @@
+"""Latents of drawn scenes, made once and kept on disk: what every denoiser of the family learns from.
+
+They come in shards, each drawn from its own number, so that a longer training adds to what a shorter one made. A
+folder is named after the VAE's encoder: another encoder never meets these latents.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from training.scenes import Scene, make_dataset, random_scenes
+from training.vae import encode_all
+
+SHARD_COUNT = 2000
+_FIRST_SEED = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Scenes and their latents, in the same order."""
+
+    scenes: list[Scene]
+    latents: torch.Tensor
+    """[N, 4, 16, 16] half precision, scaled to unit deviation."""
+
+    def take(self, count: int, rng: random.Random) -> tuple[list[Scene], torch.Tensor]:
+        """Random scenes and their latents [count, 4, 16, 16] float32, channels last."""
+        rows = [rng.randrange(len(self.scenes)) for _ in range(count)]
+        latent_BCHW = self.latents[rows].float().contiguous(memory_format=torch.channels_last)
+        return [self.scenes[row] for row in rows], latent_BCHW
+
+
+def load_latents(vae: AutoencoderKL, folder: Path, count: int) -> Latents:
+    """The first `count` scenes, a whole number of shards; makes the shards that `folder` does not hold yet."""
+    home = folder / f"latents-{_digest(vae)}"
+    home.mkdir(parents=True, exist_ok=True)
+    scenes: list[Scene] = []
+    parts: list[torch.Tensor] = []
+    for index in range(-(-count // SHARD_COUNT)):
+        path = home / f"{index:03}.pt"
+        if not path.exists():
+            torch.save(make_shard(vae, index), path)
+        scenes += random_scenes(SHARD_COUNT, _FIRST_SEED + index)
+        parts.append(torch.load(path, weights_only=True))
+    return Latents(scenes, torch.cat(parts))
+
+
+def make_shard(vae: AutoencoderKL, index: int) -> torch.Tensor:
+    """Draws and encodes one shard: [SHARD_COUNT, 4, 16, 16] half precision."""
+    pictures = torch.from_numpy(make_dataset(SHARD_COUNT, _FIRST_SEED + index).pictures)
+    scale: float = vae.config.scaling_factor
+    return (encode_all(vae, pictures) * scale).half()
+
+
+def _digest(vae: AutoencoderKL) -> str:
+    digest = hashlib.blake2b(digest_size=4)
+    for _, tensor in sorted(vae.encoder.state_dict().items()):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
