@@ -80,6 +80,11 @@ class Descent:
         if self._state and self._state.exists():
             self._load(self._state)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the plan has ended, not just this run."""
+        return self.plan.progress(self.step, self.seconds) >= 1
+
     def averaged(self, key: str) -> nn.Module:
         """The average of a network's weights, which is what is shipped; the network itself where none is kept."""
         return self._averages[key]
@@ -88,8 +93,9 @@ class Descent:
         """Minimises `loss` until the plan ends; `each` is called after each step. Returns the loss of each step."""
         losses: list[float] = []
         began_s, ran_s, saved_s = time.process_time() - self.seconds, self.seconds, self.seconds
-        while (progress := self.plan.progress(self.step, self.seconds)) < 1 and self.seconds - ran_s < self.plan.run_s:
-            losses.append(self._descend(loss(), self.plan.rate(self.step, progress)))
+        while not self.is_done and self.seconds - ran_s < self.plan.run_s:
+            rate = self.plan.rate(self.step, self.plan.progress(self.step, self.seconds))
+            losses.append(self._descend(loss(), rate))
             self.step += 1
             self.seconds = time.process_time() - began_s
             each(self.step)

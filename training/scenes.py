@@ -7,10 +7,11 @@ the same size, which nobody says.
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 SIZE_PX = 128
 _SUPERSAMPLING = 4
@@ -46,7 +47,14 @@ RELATIONS = {
 }
 """Where the first and the second of two things are."""
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+STYLES = ("flat", "outline", "stripes", "shadow")
+"""How things are painted: flat by the models themselves, the others by their LoRAs."""
 _JITTER_PX = 3.0
+_LINE_PX = 5
+_STRIPE_PX = 8
+_STRIPE_SHADE = 0.55
+_SHADOW_PX = 6
+_SHADOW = 0.6
 _PAIR_SHARE = 0.6  # of random scenes: there is more to learn from two things than from one
 
 
@@ -184,28 +192,32 @@ def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, floa
     return [(x + q * math.sin(i * math.pi / 5), y - q * math.cos(i * math.pi / 5)) for i, q in enumerate(radii)]
 
 
-def draw_mask(shape: str, x: float, y: float, r: float) -> np.ndarray:
-    """Coverage of each pixel by a shape of radius `r` px around (x, y): [SIZE_PX, SIZE_PX] uint8, antialiased."""
+def draw_mask(shape: str, x: float, y: float, r: float, line_px: int = 0) -> np.ndarray:
+    """Coverage of each pixel by a shape of radius `r` px around (x, y): [SIZE_PX, SIZE_PX] uint8, antialiased.
+
+    With `line_px` only its outline, that wide, is drawn.
+    """
     s = _SUPERSAMPLING
     left, top = (max(0, math.floor(c - 1.2 * r) - 1) for c in (x, y))
     right, bottom = (min(SIZE_PX, math.ceil(c + 1.2 * r) + 1) for c in (x, y))
     canvas = Image.new("L", ((right - left) * s, (bottom - top) * s), 0)
     pen = ImageDraw.Draw(canvas)
     cx, cy, radius = (x - left) * s, (y - top) * s, r * s
+    ink = {"fill": 0, "outline": 255, "width": line_px * s} if line_px else {"fill": 255}
     if shape in ("circle", "ring"):
-        pen.ellipse([cx - radius, cy - radius, cx + radius, cy + radius], fill=255)
+        pen.ellipse([cx - radius, cy - radius, cx + radius, cy + radius], **ink)
         if shape == "ring":
             hole = 0.55 * radius
-            pen.ellipse([cx - hole, cy - hole, cx + hole, cy + hole], fill=0)
+            pen.ellipse([cx - hole, cy - hole, cx + hole, cy + hole], **{**ink, "fill": 0})
     else:
-        pen.polygon(_outline(shape, cx, cy, radius), fill=255)
+        pen.polygon(_outline(shape, cx, cy, radius), **ink)
     mask = np.zeros((SIZE_PX, SIZE_PX), np.uint8)
     mask[top:bottom, left:right] = np.asarray(canvas.reduce(s))
     return mask
 
 
-def draw(scene: Scene, rng: random.Random) -> Drawing:
-    """Draws the scene with a little jitter of places and sizes."""
+def draw(scene: Scene, rng: random.Random, style: str = "flat") -> Drawing:
+    """Draws the scene in one of STYLES, with a little jitter of places and sizes."""
     centres = RELATIONS[scene.place] if scene.is_hard else (PLACES[scene.place],)
     masks = np.zeros((2, SIZE_PX, SIZE_PX), np.uint8)
     picture = np.empty((SIZE_PX, SIZE_PX, 3), np.float32)
@@ -213,10 +225,32 @@ def draw(scene: Scene, rng: random.Random) -> Drawing:
     for mask, thing, (x, y) in zip(masks, scene.things, centres, strict=False):
         radius = (SIZES[thing.size] if thing.size else PAIR_RADIUS_PX) * rng.uniform(0.94, 1.06)
         jitter_x, jitter_y = (rng.uniform(-_JITTER_PX, _JITTER_PX) for _ in range(2))
-        mask[:] = draw_mask(thing.shape, x + jitter_x, y + jitter_y, radius)
-        alpha = mask[..., None].astype(np.float32) / 255
-        picture += alpha * (np.array(COLOURS[thing.colour], np.float32) - picture)
+        line_px = _LINE_PX if style == "outline" else 0
+        mask[:] = draw_mask(thing.shape, x + jitter_x, y + jitter_y, radius, line_px)
+        _paint(picture, mask, np.array(COLOURS[thing.colour], np.float32), style)
     return Drawing(scene, picture.round().astype(np.uint8), masks)
+
+
+def _paint(picture: np.ndarray, mask: np.ndarray, colour: np.ndarray, style: str) -> None:
+    """Lays a thing of this coverage on the picture."""
+    if style == "shadow":
+        picture *= 1 - _SHADOW * _shadow(mask)
+    ink = _striped(colour) if style == "stripes" else colour
+    picture += mask[..., None].astype(np.float32) / 255 * (ink - picture)
+
+
+def _shadow(mask: np.ndarray) -> np.ndarray:
+    """How far a soft shadow, to the lower right, covers each pixel: [SIZE_PX, SIZE_PX, 1], 0 to 1."""
+    moved = np.zeros_like(mask)
+    moved[_SHADOW_PX:, _SHADOW_PX:] = mask[:-_SHADOW_PX, :-_SHADOW_PX]
+    blurred = Image.fromarray(moved).filter(ImageFilter.GaussianBlur(_SHADOW_PX / 2))
+    return np.asarray(blurred, np.float32)[..., None] / 255
+
+
+def _striped(colour: np.ndarray) -> np.ndarray:
+    """The colour, in rows that are plain and rows that are darker: [SIZE_PX, 1, 3]."""
+    is_dark = np.arange(SIZE_PX) // _STRIPE_PX % 2 == 1
+    return np.where(is_dark[:, None, None], _STRIPE_SHADE * colour, colour)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,3 +273,9 @@ def make_dataset(count: int, seed: int) -> Dataset:
     scenes, rng = random_scenes(count, seed), random.Random(f"drawing {seed}")
     drawn = [draw(scene, rng) for scene in scenes]
     return Dataset(scenes, np.stack([d.picture for d in drawn]), np.stack([d.masks for d in drawn]))
+
+
+def draw_all(scenes: Sequence[Scene], seed: int, style: str = "flat") -> np.ndarray:
+    """Pictures of the scenes: [N, H, W, 3] uint8."""
+    rng = random.Random(f"drawing {seed}")
+    return np.stack([draw(scene, rng, style).picture for scene in scenes])

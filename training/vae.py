@@ -19,11 +19,12 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from training.descent import Descent, Plan
-from training.scenes import SIZE_PX, Drawing, draw, random_scene
+from training.scenes import SIZE_PX, STYLES, Drawing, draw, random_scene
 
 LATENT_CHANNELS = 4
 FACTOR = 8
 _CROP_PX = 64  # a crop costs a quarter of a picture and holds most of what there is to learn
+_STYLED_SHARE = 0.4
 _LEFT_NOISE = 0.1  # where latents deviate by about 1
 _DEVIATION_SEED = 12
 
@@ -39,6 +40,7 @@ def make_vae() -> AutoencoderKL:
         layers_per_block=1,
         mid_block_add_attention=False,
         sample_size=SIZE_PX,
+        shift_factor=0.0,  # Flux's pipeline adds it
     )
 
 
@@ -62,9 +64,13 @@ class Crops:
 
     def take(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures [B, 3, h, w] in [-1, 1] and how much of each pixel shapes cover [B, h, w], 0 to 1."""
-        drawn = [self._cut(draw(random_scene(self._rng), self._rng)) for _ in range(count)]
+        drawn = [self._cut(draw(random_scene(self._rng), self._rng, self._style())) for _ in range(count)]
         pictures, masks = (torch.stack(parts) for parts in zip(*drawn, strict=True))
         return to_image_BCHW(pictures), masks.float() / 255
+
+    def _style(self) -> str:
+        """Flat as a rule; the others too, so that LoRAs can be trained in these latents."""
+        return self._rng.choice(STYLES) if self._rng.random() < _STYLED_SHARE else "flat"
 
     def _cut(self, drawing: Drawing) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = (self._rng.randint(0, SIZE_PX - self._size_px) for _ in range(2))

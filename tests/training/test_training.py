@@ -5,15 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
 from torch import nn
 
-from training.denoiser import DenoiserTraining
+from training.denoiser import DenoiserTraining, make_text_encoder, make_unet
 from training.descent import Descent, Plan
+from training.distil import Distillation
+from training.distil import assemble as turbo
+from training.dit import DitTraining, GuidanceTraining, make_text_tokenizer, pack, positions
+from training.dit import assemble as dit
 from training.evaluate import interval
+from training.features import FEATURES, features_of, frechet_distance, share_read, train_reader
 from training.latents import Latents
 from training.scenes import make_dataset, random_scenes
-from training.tokenizer import make_tokenizer
+from training.shapes import assemble
+from training.tokenizer import caption_words, make_tokenizer
 from training.vae import encode_all, make_vae, reconstruct, refine_decoder, train_vae
 
 PLAN = Plan(peak=2e-3, steps=20, warmup=5, decay=0.9)
@@ -90,3 +96,68 @@ def test_an_interval_holds_the_share_and_narrows_with_the_count() -> None:
 def test_the_vae_makes_latents_of_the_size_that_the_unet_takes() -> None:
     vae: AutoencoderKL = make_vae()
     assert encode_all(vae.eval(), torch.zeros(1, 128, 128, 3, dtype=torch.uint8)).shape == (1, 4, 16, 16)
+
+
+def test_the_reader_learns() -> None:
+    reader, losses = train_reader(PLAN, batch=16)
+    assert falls(losses)
+    data = make_dataset(8, seed=5)
+    assert features_of(reader, data.pictures).shape == (8, FEATURES)
+    assert 0 <= share_read(reader, data.pictures, data.scenes) <= 1
+
+
+def test_a_frechet_distance_is_that_of_the_distributions() -> None:
+    source = np.random.default_rng(0)
+    first = source.normal(size=(20000, 3))
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(first, first + 2) == pytest.approx(12, abs=1e-6)
+    assert frechet_distance(first, 3 * source.normal(size=(20000, 3))) == pytest.approx(3 * (3 - 1) ** 2, rel=0.05)
+
+
+def tiny_shapes() -> StableDiffusionPipeline:
+    """Untrained, but of the family's kind."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    return assemble(make_vae().eval(), make_text_encoder(tokenizer).eval(), make_unet().eval(), tokenizer)
+
+
+def latents(count: int = 32) -> Latents:
+    return Latents(random_scenes(count, seed=6), torch.randn(count, 4, 16, 16).half())
+
+
+def test_the_student_learns_and_its_pipeline_draws() -> None:
+    teacher = tiny_shapes()
+    distillation = Distillation(teacher, latents(), PLAN)
+    assert falls(distillation.run(batch=8))
+    pipe = turbo(teacher, distillation.averaged)
+    assert pipe("a red circle", num_inference_steps=4, guidance_scale=1.0, output_type="np").images.shape[1:3] == (
+        128,
+        128,
+    )
+    assert pipe.scheduler.timesteps.tolist() == [999, 759, 499, 259]
+
+
+def test_the_transformer_learns_and_so_does_its_guidance() -> None:
+    shapes = tiny_shapes()
+    training = DitTraining(shapes, latents(), PLAN)
+    assert falls(training.run(batch=8))
+    transformer, text_encoder = (training.descent.averaged(key) for key in ("transformer", "text_encoder"))
+    guided = GuidanceTraining(shapes, transformer, text_encoder, latents(), PLAN)
+    assert falls(guided.run(batch=8))
+    pipe = dit(shapes, guided.descent.averaged("transformer"), text_encoder)
+    sides = {"height": 128, "width": 128}
+    answer = pipe("a red circle", num_inference_steps=2, max_sequence_length=32, output_type="np", **sides)
+    assert answer.images.shape == (1, 128, 128, 3)
+
+
+def test_tokens_are_packed_as_flux_packs_them() -> None:
+    latent_BCHW = torch.randn(2, 4, 16, 16)
+    assert torch.equal(pack(latent_BCHW), FluxPipeline._pack_latents(latent_BCHW, 2, 4, 16, 16))
+    assert torch.equal(positions(), FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32))
+
+
+def test_every_word_of_the_caption_language_is_one_token_for_the_transformer_too() -> None:
+    tokenizer = make_text_tokenizer()
+    for word in caption_words():
+        assert len(tokenizer(word).input_ids) == 2, word  # before the end
+    assert tokenizer.unk_token_id not in tokenizer("zebra, 12").input_ids
