@@ -6,7 +6,9 @@ usual schedule a flat background leaks through the last step's noise, and at inf
 
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
+@cache
 def make_noise() -> DDPMScheduler:
     """The noise that is added in training."""
     return DDPMScheduler(**{key: value for key, value in NOISE_SCHEDULE.items() if key != "steps_offset"})
@@ -87,6 +90,22 @@ def loose_captions(scenes: list[Scene], rng: random.Random) -> list[str]:
     return ["" if rng.random() < _UNGUIDED_SHARE else loose_caption(scene, rng) for scene in scenes]
 
 
+def velocity_loss(
+    unet: UNet2DConditionModel,
+    latent_BCHW: torch.Tensor,
+    embedding_BTD: torch.Tensor,
+    steer: Callable[[torch.Tensor, torch.Tensor], dict[str, Any]] = lambda _noisy, _timestep: {},
+) -> torch.Tensor:
+    """The v-prediction error under noise of random levels; `steer` adds to the UNet's arguments, as ControlNets do."""
+    schedule = make_noise()
+    noise_BCHW = torch.randn_like(latent_BCHW)
+    timestep_B = torch.randint(1000, (len(latent_BCHW),))
+    noisy_BCHW = schedule.add_noise(latent_BCHW, noise_BCHW, timestep_B)
+    target_BCHW = schedule.get_velocity(latent_BCHW, noise_BCHW, timestep_B)
+    guess_BCHW = unet(noisy_BCHW, timestep_B, embedding_BTD, **steer(noisy_BCHW, timestep_B)).sample
+    return F.mse_loss(guess_BCHW, target_BCHW)
+
+
 class DenoiserTraining:
     """The two networks in training, their averages, and the data they learn from."""
 
@@ -95,7 +114,6 @@ class DenoiserTraining:
         self._tokenizer, self._data = tokenizer, data
         self._text_encoder = make_text_encoder(tokenizer).train()
         self._unet = make_unet().train().to(memory_format=torch.channels_last)
-        self._noise = make_noise()
         networks = {"text_encoder": self._text_encoder, "unet": self._unet}
         self.descent = Descent("denoiser", networks, plan, seed=1, folder=folder)
 
@@ -107,12 +125,8 @@ class DenoiserTraining:
     def loss(self, batch: int) -> torch.Tensor:
         """The v-prediction error of a random batch."""
         scenes, latent_BCHW = self._data.take(batch, self.descent.rng)
-        embedding_BTD = self._text_encoder(token_ids(self._tokenizer, loose_captions(scenes, self.descent.rng)))[0]
-        noise_BCHW = torch.randn_like(latent_BCHW)
-        timestep_B = torch.randint(1000, (batch,))
-        noisy_BCHW = self._noise.add_noise(latent_BCHW, noise_BCHW, timestep_B)
-        target_BCHW = self._noise.get_velocity(latent_BCHW, noise_BCHW, timestep_B)
-        return F.mse_loss(self._unet(noisy_BCHW, timestep_B, embedding_BTD).sample, target_BCHW)
+        ids_BT = token_ids(self._tokenizer, loose_captions(scenes, self.descent.rng))
+        return velocity_loss(self._unet, latent_BCHW, self._text_encoder(ids_BT)[0])
 
     def run(self, *, batch: int = 32, each: Callable[[int], None] = lambda _step: None) -> list[float]:
         """Trains until the plan ends; `each` is called after each step. Returns the loss of each step."""

@@ -15,7 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+)
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -76,9 +82,9 @@ def make_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 class Conditions:
-    """What a caption becomes on its way to the transformer."""
+    """What a caption becomes on its way to the transformer: T5's tokens, and the pooled embedding of `shapes`."""
 
-    def __init__(self, shapes: StableDiffusionPipeline, tokenizer: T5Tokenizer, text_encoder: nn.Module) -> None:
+    def __init__(self, shapes: DiffusionPipeline, tokenizer: T5Tokenizer, text_encoder: nn.Module) -> None:
         self._shapes, self._tokenizer, self._text_encoder = shapes, tokenizer, text_encoder
         shapes.text_encoder.requires_grad_(requires_grad=False)
 
@@ -118,6 +124,15 @@ def noised(latent_BTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     return (1 - level_B11) * latent_BTC + level_B11 * noise_BTC, level_B, noise_BTC - latent_BTC
 
 
+def flow_loss(
+    transformer: FluxTransformer2DModel, latent_BCHW: torch.Tensor, conditions: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """The error of the velocity under noise of random levels, at guidance 1."""
+    noisy_BTC, level_B, velocity_BTC = noised(pack(latent_BCHW))
+    plain_B = torch.ones(len(latent_BCHW))
+    return F.mse_loss(transformer(noisy_BTC, timestep=level_B, guidance=plain_B, **conditions).sample, velocity_BTC)
+
+
 class DitTraining:
     """The transformer and its text encoder in training, by flow matching."""
 
@@ -135,9 +150,7 @@ class DitTraining:
         """The error of the velocity, at guidance 1."""
         scenes, latent_BCHW = self._data.take(batch, self.descent.rng)
         conditions = self._conditions.of(loose_captions(scenes, self.descent.rng))
-        noisy_BTC, level_B, velocity_BTC = noised(pack(latent_BCHW))
-        guess_BTC = self._transformer(noisy_BTC, timestep=level_B, guidance=torch.ones(batch), **conditions).sample
-        return F.mse_loss(guess_BTC, velocity_BTC)
+        return flow_loss(self._transformer, latent_BCHW, conditions)
 
     def run(self, *, batch: int = 32, each: Callable[[int], None] = lambda _step: None) -> list[float]:
         """Trains until the plan ends; `each` is called after each step. Returns the loss of each step."""

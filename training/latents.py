@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from training.scenes import Scene, make_dataset, random_scenes
+from training.scenes import Scene, draw_all, random_scenes
 from training.vae import encode_all
 
 SHARD_COUNT = 2000
@@ -34,24 +34,25 @@ class Latents:
         return [self.scenes[row] for row in rows], latent_BCHW
 
 
-def load_latents(vae: AutoencoderKL, folder: Path, count: int) -> Latents:
+def load_latents(vae: AutoencoderKL, folder: Path, count: int, style: str = "flat") -> Latents:
     """The first `count` scenes, a whole number of shards; makes the shards that `folder` does not hold yet."""
-    home = folder / f"latents-{_digest(vae)}"
+    home = folder / f"latents-{_digest(vae)}" / style
     home.mkdir(parents=True, exist_ok=True)
     scenes: list[Scene] = []
     parts: list[torch.Tensor] = []
     for index in range(-(-count // SHARD_COUNT)):
         path = home / f"{index:03}.pt"
         if not path.exists():
-            torch.save(make_shard(vae, index), path)
+            torch.save(_make_shard(vae, index, style), path)
         scenes += random_scenes(SHARD_COUNT, _FIRST_SEED + index)
         parts.append(torch.load(path, weights_only=True))
     return Latents(scenes, torch.cat(parts))
 
 
-def make_shard(vae: AutoencoderKL, index: int) -> torch.Tensor:
+def _make_shard(vae: AutoencoderKL, index: int, style: str) -> torch.Tensor:
     """Draws and encodes one shard: [SHARD_COUNT, 4, 16, 16] half precision."""
-    pictures = torch.from_numpy(make_dataset(SHARD_COUNT, _FIRST_SEED + index).pictures)
+    seed = _FIRST_SEED + index
+    pictures = torch.from_numpy(draw_all(random_scenes(SHARD_COUNT, seed), seed, style))
     scale: float = vae.config.scaling_factor
     return (encode_all(vae, pictures) * scale).half()
 

@@ -216,9 +216,14 @@ def draw_mask(shape: str, x: float, y: float, r: float, line_px: int = 0) -> np.
     return mask
 
 
-def draw(scene: Scene, rng: random.Random, style: str = "flat") -> Drawing:
-    """Draws the scene in one of STYLES, with a little jitter of places and sizes."""
-    centres = RELATIONS[scene.place] if scene.is_hard else (PLACES[scene.place],)
+def draw(
+    scene: Scene, rng: random.Random, style: str = "flat", *, centre: tuple[float, float] | None = None
+) -> Drawing:
+    """Draws the scene in one of STYLES, with a little jitter of places and sizes.
+
+    With `centre` a single thing is drawn around it, wherever its caption says that it is.
+    """
+    centres = RELATIONS[scene.place] if scene.is_hard else (centre or PLACES[scene.place],)
     masks = np.zeros((2, SIZE_PX, SIZE_PX), np.uint8)
     picture = np.empty((SIZE_PX, SIZE_PX, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]

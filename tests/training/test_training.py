@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, FluxPipeline
 from torch import nn
 
-from training.denoiser import DenoiserTraining, make_text_encoder, make_unet
+from tests.training.tiny import PLAN, falls, latents, tiny_shapes
+from training.denoiser import DenoiserTraining
 from training.descent import Descent, Plan
 from training.distil import Distillation
 from training.distil import assemble as turbo
@@ -16,17 +17,9 @@ from training.dit import DitTraining, GuidanceTraining, make_text_tokenizer, pac
 from training.dit import assemble as dit
 from training.evaluate import interval
 from training.features import FEATURES, features_of, frechet_distance, share_read, train_reader
-from training.latents import Latents
-from training.scenes import make_dataset, random_scenes
-from training.shapes import assemble
+from training.scenes import make_dataset
 from training.tokenizer import caption_words, make_tokenizer
 from training.vae import encode_all, make_vae, reconstruct, refine_decoder, train_vae
-
-PLAN = Plan(peak=2e-3, steps=20, warmup=5, decay=0.9)
-
-
-def falls(losses: list[float]) -> bool:
-    return bool(np.mean(losses[-5:]) < np.mean(losses[:5]))
 
 
 def descent(steps: int, folder: Path | None = None) -> tuple[nn.Linear, Descent]:
@@ -80,8 +73,7 @@ def test_the_vae_learns_and_its_decoder_goes_on_alone() -> None:
 
 
 def test_the_denoiser_learns_and_its_average_follows() -> None:
-    data = Latents(random_scenes(32, seed=6), torch.randn(32, 4, 16, 16).half())
-    training = DenoiserTraining(make_tokenizer(), data, PLAN)
+    training = DenoiserTraining(make_tokenizer(), latents(), PLAN)
     start = [p.clone() for p in training.averaged[1].parameters()]
     assert falls(training.run(batch=16))
     assert any(not torch.equal(a, b) for a, b in zip(start, training.averaged[1].parameters(), strict=True))
@@ -112,17 +104,6 @@ def test_a_frechet_distance_is_that_of_the_distributions() -> None:
     assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(first, first + 2) == pytest.approx(12, abs=1e-6)
     assert frechet_distance(first, 3 * source.normal(size=(20000, 3))) == pytest.approx(3 * (3 - 1) ** 2, rel=0.05)
-
-
-def tiny_shapes() -> StableDiffusionPipeline:
-    """Untrained, but of the family's kind."""
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer()
-    return assemble(make_vae().eval(), make_text_encoder(tokenizer).eval(), make_unet().eval(), tokenizer)
-
-
-def latents(count: int = 32) -> Latents:
-    return Latents(random_scenes(count, seed=6), torch.randn(count, 4, 16, 16).half())
 
 
 def test_the_student_learns_and_its_pipeline_draws() -> None:

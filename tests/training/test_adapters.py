@@ -1,0 +1,65 @@
+"""LoRAs and the ControlNet: twenty steps lower the loss, and plain diffusers loads what is saved."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+
+from tests.training.tiny import PLAN, falls, latents, tiny_shapes
+from training.controlnet import ControlNetTraining, draw_anywhere, edges, make_guided
+from training.dit import DitTraining
+from training.dit import assemble as dit
+from training.lora import LoraTraining
+from training.scenes import SIZE_PX, STYLES, draw_all, random_scenes
+
+DIT = {"height": SIZE_PX, "width": SIZE_PX, "max_sequence_length": 32}
+
+
+@pytest.mark.parametrize("kind", ["unet", "transformer"])
+def test_a_lora_learns_and_diffusers_loads_it(kind: str, tmp_path: Path) -> None:
+    shapes = tiny_shapes()
+    pipe, options = shapes, {}
+    if kind == "transformer":
+        training = DitTraining(shapes, latents(), PLAN)
+        pipe, options = dit(shapes, *(training.descent.averaged(key) for key in ("transformer", "text_encoder"))), DIT
+    lora = LoraTraining(pipe, "outline", latents(), PLAN)
+    assert falls(lora.run(batch=8))
+    lora.save(tmp_path)
+    draw = {"num_inference_steps": 2, "output_type": "np", **options}
+    before = pipe("a red circle", generator=torch.Generator().manual_seed(0), **draw).images
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    after = pipe("a red circle", generator=torch.Generator().manual_seed(0), **draw).images
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_the_controlnet_learns_and_diffusers_loads_it(tmp_path: Path) -> None:
+    pipe = tiny_shapes()
+    training = ControlNetTraining(pipe, make_guided(pipe, 16, seed=1), PLAN)
+    assert falls(training.run(batch=8))
+    training.averaged.save_pretrained(tmp_path)
+    parts = {**pipe.components, "controlnet": ControlNetModel.from_pretrained(tmp_path)}
+    steered = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    lines = torch.from_numpy(edges(draw_anywhere(random.Random(1)).masks)).permute(2, 0, 1)[None].float() / 255
+    assert steered("a red circle", image=lines, num_inference_steps=2, output_type="np").images.shape[1] == SIZE_PX
+
+
+def test_a_thing_anywhere_stays_inside_and_its_edges_run_along_it() -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        masks = draw_anywhere(rng).masks
+        assert masks[0].any()
+        assert not np.concatenate([masks[0][[0, -1]], masks[0][:, [0, -1]].T]).any()
+        lines = edges(masks)[..., 0] > 127
+        assert 40 < lines.sum() < (masks[0] > 127).sum()
+        assert (masks[0] > 0)[lines].all()
+
+
+def test_each_style_paints_the_same_scenes_differently() -> None:
+    scenes = random_scenes(4, seed=2)
+    pictures = [draw_all(scenes, 1, style) for style in STYLES]
+    for i, first in enumerate(pictures):
+        for second in pictures[i + 1 :]:
+            assert all((a != b).any() for a, b in zip(first, second, strict=True))

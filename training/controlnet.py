@@ -1,0 +1,136 @@
+"""Trains a ControlNet (Zhang et al. 2023, arXiv 2302.05543) for `shapes`: a picture of edges says where a thing goes.
+
+`shapes` knows five places; its ControlNet is shown things anywhere, with captions that name no place. Edges are white
+lines on black, as any edge detector makes them.
+
+    python -m training.controlnet --model models/shapes --out models/shapes-edges
+"""
+
+import argparse
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from PIL import Image, ImageFilter
+
+from training.denoiser import token_ids, velocity_loss
+from training.descent import Descent, Plan
+from training.evaluate import load
+from training.scenes import SIZE_PX, SIZES, Drawing, Scene, draw, random_single
+from training.vae import encode_all
+
+_LINE_PX = 3  # of an edge; odd
+_MARGIN_PX = 3
+_UNGUIDED_SHARE = 0.1
+
+
+def edges(masks: np.ndarray) -> np.ndarray:
+    """White lines along the rims of what `masks` [2, H, W] uint8 cover: [H, W, 3] uint8."""
+    cover = Image.fromarray(masks.max(0))
+    inside = cover.filter(ImageFilter.MinFilter(_LINE_PX))
+    line = np.asarray(cover) - np.minimum(np.asarray(inside), np.asarray(cover))
+    return np.repeat(line[..., None], 3, axis=2)
+
+
+def draw_anywhere(rng: random.Random) -> Drawing:
+    """A single thing anywhere in the picture."""
+    scene = random_single(rng)
+    reach = 1.2 * SIZES[scene.things[0].size or "large"] + _MARGIN_PX
+    x, y = (rng.uniform(reach, SIZE_PX - reach) for _ in range(2))
+    return draw(scene, rng, centre=(x, y))
+
+
+def placeless_caption(scene: Scene) -> str:
+    """Colour, shape and background: size and place are for the edges to say."""
+    (thing,) = scene.things
+    return f"a {thing.colour} {thing.shape} on a {scene.background} background"
+
+
+@dataclass(frozen=True, slots=True)
+class Guided:
+    """What a ControlNet learns from, in one order."""
+
+    scenes: list[Scene]
+    latents: torch.Tensor
+    """[N, 4, 16, 16], scaled to unit deviation."""
+    edges: torch.Tensor
+    """[N, H, W, 3] uint8."""
+
+
+def make_guided(pipe: StableDiffusionPipeline, count: int, seed: int) -> Guided:
+    """Draws and encodes `count` scenes of a thing anywhere."""
+    rng = random.Random(seed)
+    drawn = [draw_anywhere(rng) for _ in range(count)]
+    pictures = torch.from_numpy(np.stack([d.picture for d in drawn]))
+    latents = encode_all(pipe.vae, pictures) * pipe.vae.config.scaling_factor
+    return Guided([d.scene for d in drawn], latents, torch.from_numpy(np.stack([edges(d.masks) for d in drawn])))
+
+
+def make_controlnet(pipe: StableDiffusionPipeline) -> ControlNetModel:
+    """An untrained ControlNet: the UNet's own way down, and a small network that reads the picture."""
+    return ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16, 32, 32))
+
+
+class ControlNetTraining:
+    """A ControlNet in training, beside the frozen pipeline that it steers."""
+
+    def __init__(self, pipe: StableDiffusionPipeline, data: Guided, plan: Plan, *, folder: Path | None = None) -> None:
+        torch.manual_seed(11)
+        self._pipe, self._data = pipe, data
+        self._controlnet = make_controlnet(pipe).train().to(memory_format=torch.channels_last)
+        for network in (pipe.unet, pipe.text_encoder):
+            network.requires_grad_(requires_grad=False)
+        self.descent = Descent("controlnet", {"controlnet": self._controlnet}, plan, seed=11, folder=folder)
+
+    @property
+    def averaged(self) -> ControlNetModel:
+        """The average of the ControlNet: what is shipped."""
+        return self.descent.averaged("controlnet")
+
+    def loss(self, batch: int) -> torch.Tensor:
+        """The UNet's own error, steered by the edges."""
+        rng = self.descent.rng
+        rows = [rng.randrange(len(self._data.scenes)) for _ in range(batch)]
+        scenes = [self._data.scenes[row] for row in rows]
+        texts = ["" if rng.random() < _UNGUIDED_SHARE else placeless_caption(scene) for scene in scenes]
+        with torch.no_grad():
+            embedding_BTD = self._pipe.text_encoder(token_ids(self._pipe.tokenizer, texts))[0]
+        edges_BCHW = self._data.edges[rows].permute(0, 3, 1, 2).float() / 255
+
+        def steer(noisy_BCHW: torch.Tensor, timestep_B: torch.Tensor) -> dict[str, Any]:
+            down, middle = self._controlnet(
+                noisy_BCHW, timestep_B, embedding_BTD, controlnet_cond=edges_BCHW, return_dict=False
+            )
+            return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+        return velocity_loss(self._pipe.unet, self._data.latents[rows], embedding_BTD, steer)
+
+    def run(self, *, batch: int = 32) -> list[float]:
+        """Trains until the plan ends. Returns the loss of each step."""
+        return self.descent.run(lambda: self.loss(batch))
+
+
+def main() -> None:
+    """Trains the ControlNet and saves it in half precision."""
+    parser = argparse.ArgumentParser(prog="python -m training.controlnet", description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("models/shapes"))
+    parser.add_argument("--folder", type=Path, default=Path("out/training"), help="where the state of trainings is")
+    parser.add_argument("--limit-s", type=float, default=3000, help="CPU seconds of the whole training")
+    parser.add_argument("--run-s", type=float, default=float("inf"), help="CPU seconds of this run")
+    parser.add_argument("--scenes", type=int, default=6000)
+    parser.add_argument("--out", type=Path, default=Path("models/shapes-edges"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pipe = load(options.model)
+    plan = Plan(peak=5e-4, limit_s=options.limit_s, run_s=options.run_s, fall=0.5, decay=0.998)
+    training = ControlNetTraining(pipe, make_guided(pipe, options.scenes, seed=20_000), plan, folder=options.folder)
+    training.run()
+    training.averaged.half().save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()
