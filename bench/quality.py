@@ -6,7 +6,6 @@ pictures themselves, and what the VAE makes of them, which no model over that VA
     python -m bench.quality --models shapes shapes-turbo --count 1000
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from bench import report
-from training.evaluate import easy_scenes, generate, hard_scenes, interval, load, shares
+from training.evaluate import easy_scenes, generate, hard_scenes, interval, load, model_defaults, shares
 from training.features import Reader, features_of, frechet_distance, load_reader
 from training.judge import Marks, mark_all
 from training.scenes import Scene, draw_all
@@ -64,12 +62,10 @@ def seconds_per_picture(draw: Callable[[int], object]) -> float:
 
 def of_model(folder: Path, pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, Any]:
     """The row of one model, at its own number of steps and guidance."""
-    defaults = json.loads((folder / "darkroom.json").read_text())
-    steps, guidance = defaults["default_step_count"], defaults["default_guidance_scale"]
-    pipe: DiffusionPipeline = load(folder)
-    drawn = generate(pipe, scenes, steps=steps, guidance=guidance)
-    alone_s = seconds_per_picture(lambda seed: generate(pipe, scenes[:1], steps=steps, guidance=guidance, seed=seed))
-    return {**pictures.measure(folder.name, drawn), "steps": steps, "guidance": guidance, "alone_s": alone_s}
+    pipe, settings = load(folder), model_defaults(folder)
+    drawn = generate(pipe, scenes, **settings)
+    alone_s = seconds_per_picture(lambda seed: generate(pipe, scenes[:1], seed=seed, **settings))
+    return {**pictures.measure(folder.name, drawn), **settings, "alone_s": alone_s}
 
 
 def main() -> None:

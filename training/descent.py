@@ -160,3 +160,6 @@ class Descent:
         if self.plan.decay:
             decay = min(self.plan.decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(self._mean, self._live, 1 - decay)
+            for key, network in self._networks.items():  # statistics of batches are averages already
+                for mean, live in zip(self._averages[key].buffers(), network.buffers(), strict=True):
+                    mean.copy_(live)

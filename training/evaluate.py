@@ -10,14 +10,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
 
 from training.judge import Marks, mark_all
-from training.scenes import Scene, caption, make_dataset, random_pair, random_single
+from training.scenes import SIZE_PX, Scene, caption, make_dataset, random_pair, random_single
+from training.tokenizer import MAX_TOKENS
 
 _SCENES_SEED = 2026
 _BATCH = 20
@@ -42,11 +44,19 @@ def load(folder: Path) -> DiffusionPipeline:
     return pipe
 
 
+def model_defaults(folder: Path) -> dict[str, Any]:
+    """The step count and guidance that the model asks for, as arguments of `generate`."""
+    defaults = json.loads((folder / "darkroom.json").read_text())
+    return {"steps": defaults["default_step_count"], "guidance": defaults["default_guidance_scale"]}
+
+
 @torch.no_grad()
 def generate(
     pipe: DiffusionPipeline, scenes: Sequence[Scene], *, steps: int, guidance: float, seed: int = 0
 ) -> np.ndarray:
     """Draws each scene's canonical caption, seeds counted up from `seed`. Returns [N, H, W, 3] uint8."""
+    is_flux = isinstance(pipe, FluxPipeline)
+    more = {"height": SIZE_PX, "width": SIZE_PX, "max_sequence_length": MAX_TOKENS} if is_flux else {}
     pictures = []
     for start in range(0, len(scenes), _BATCH):
         part = scenes[start : start + _BATCH]
@@ -56,6 +66,7 @@ def generate(
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(part))],
             output_type="np",
+            **more,
         )
         pictures.append((answer.images * 255).round().astype(np.uint8))
     return np.concatenate(pictures)
@@ -104,15 +115,15 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of 30 easy and 30 hard pictures here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    defaults = json.loads((options.model / "darkroom.json").read_text())
-    steps = options.steps or defaults["default_step_count"]
-    guidance = defaults["default_guidance_scale"] if options.guidance is None else options.guidance
+    given = {"steps": options.steps, "guidance": options.guidance}
+    settings = {**model_defaults(options.model), **{key: value for key, value in given.items() if value is not None}}
     truth = make_dataset(2000, seed=99)
     report("The judge on drawn truth", mark_all(truth.pictures, truth.scenes))
     pipe, shown = load(options.model), []
     for kind, scenes in (("one thing", easy_scenes(options.count)), ("two things", hard_scenes(options.count))):
-        pictures = generate(pipe, scenes, steps=steps, guidance=guidance)
-        report(f"{options.model} at {steps} steps, guidance {guidance:g}, {kind}", mark_all(pictures, scenes))
+        pictures = generate(pipe, scenes, **settings)
+        told = ", ".join(f"{key} {value:g}" for key, value in settings.items())
+        report(f"{options.model}, {told}, {kind}", mark_all(pictures, scenes))
         shown.append(pictures[:30])
     if options.sheet:
         options.sheet.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from torch import nn
+from transformers import EfficientNetForImageClassification, EfficientNetImageProcessorPil
 
 from tests.training.tiny import PLAN, falls, latents, tiny_shapes
 from training.denoiser import DenoiserTraining
@@ -18,8 +19,9 @@ from training.dit import assemble as dit
 from training.evaluate import interval
 from training.features import FEATURES, features_of, frechet_distance, share_read, train_reader
 from training.scenes import make_dataset
+from training.scorer import ScorerTraining, confidence, make_processor
 from training.tokenizer import caption_words, make_tokenizer
-from training.vae import encode_all, make_vae, reconstruct, refine_decoder, train_vae
+from training.vae import encode_all, make_vae, reconstruct, refine_decoder, to_image_BCHW, train_vae
 
 
 def descent(steps: int, folder: Path | None = None) -> tuple[nn.Linear, Descent]:
@@ -142,3 +144,17 @@ def test_every_word_of_the_caption_language_is_one_token_for_the_transformer_too
     for word in caption_words():
         assert len(tokenizer(word).input_ids) == 2, word  # before the end
     assert tokenizer.unk_token_id not in tokenizer("zebra, 12").input_ids
+
+
+def test_the_scorer_learns_and_transformers_loads_it(tmp_path: Path) -> None:
+    real, source = make_dataset(16, seed=3).pictures, np.random.default_rng(0)
+    generated = (real * 0.7 + 30 * source.random(real.shape)).astype(np.uint8)
+    training = ScorerTraining(real, generated, PLAN)
+    assert falls(training.run(batch=8))
+    training.averaged.save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    scorer = EfficientNetForImageClassification.from_pretrained(tmp_path)
+    scores = confidence(scorer, real[:3])
+    assert ((scores >= 0) & (scores <= 1)).all()
+    prepared = EfficientNetImageProcessorPil.from_pretrained(tmp_path)(list(real[:3]), return_tensors="pt")
+    torch.testing.assert_close(prepared.pixel_values, to_image_BCHW(torch.from_numpy(real[:3])))
