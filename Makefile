@@ -7,6 +7,7 @@ TORCH_INDEX ?=
 # What the contract must stay compatible with. Where that is the commit at hand, the one before it.
 PROTO_BASE ?= main
 
+STYLES := outline stripes shadow
 BENCHES := overhead throughput memory stepbatch stepcache
 
 BIN := .venv/bin
@@ -18,7 +19,8 @@ PROTOS := $(wildcard protos/darkroom/v1/*.proto)
 GENERATE := $(PYTHON) -m grpc_tools.protoc -Iprotos
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-long check proto bench gpu compose-test train-vae train-shapes judge clean \
+.PHONY: help setup demo up test test-long check proto bench gpu compose-test train-vae train-shapes train-turbo train-dit \
+    train-loras train-controlnet train-judge train-scorer judge clean \
     check-format check-lint check-types check-imports check-protos check-generated check-compose
 
 help:  ## Lists the targets.
@@ -61,8 +63,27 @@ train-vae: $(VENV)  ## Trains the VAE of the models that ship, then its decoder 
 	$(PYTHON) -m training.vae
 	$(PYTHON) -m training.vae --decoder
 
-train-shapes: $(VENV)  ## Trains models/shapes anew, after train-vae (hours).
+train-shapes: $(VENV)  ## Trains models/shapes, after train-vae (hours).
 	$(PYTHON) -m training.shapes
+
+train-turbo: $(VENV)  ## Distils models/shapes-turbo from models/shapes.
+	$(PYTHON) -m training.distil
+
+train-dit: $(VENV)  ## Trains models/shapes-dit, over the VAE of models/shapes (hours).
+	$(PYTHON) -m training.dit
+
+train-loras: $(VENV)  ## Trains the LoRAs of models/shapes and models/shapes-dit.
+	set -e; for style in $(STYLES); do $(PYTHON) -m training.lora --style $$style --out models/shapes-$$style; done
+	$(PYTHON) -m training.lora --model models/shapes-dit --style outline --out models/shapes-dit-outline
+
+train-controlnet: $(VENV)  ## Trains the ControlNet of models/shapes.
+	$(PYTHON) -m training.controlnet
+
+train-judge: $(VENV)  ## Trains the network whose features tell how far pictures are from drawn ones.
+	$(PYTHON) -m training.features
+
+train-scorer: $(VENV)  ## Trains the scorer of a cascade from models/shapes-turbo to models/shapes.
+	$(PYTHON) -m training.scorer
 
 judge: $(VENV)  ## Draws 600 scenes with models/shapes and reads them back.
 	$(PYTHON) -m training.evaluate

@@ -7,6 +7,7 @@ lines on black, as any edge detector makes them.
 """
 
 import argparse
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image, ImageFilter
 
 from training.denoiser import token_ids, velocity_loss
 from training.descent import Descent, Plan
-from training.evaluate import load
+from training.evaluate import interval, load, model_defaults
+from training.judge import Form, find
 from training.scenes import SIZE_PX, SIZES, Drawing, Scene, draw, random_single
 from training.vae import encode_all
 
 _LINE_PX = 3  # of an edge; odd
 _MARGIN_PX = 3
 _UNGUIDED_SHARE = 0.1
+_TOLERANCE_PX = 4.0  # half of what one latent pixel covers
+_TEST_SEED, _TESTED_COUNT = 21_000, 300
 
 
 def edges(masks: np.ndarray) -> np.ndarray:
@@ -114,6 +118,31 @@ class ControlNetTraining:
         return self.descent.run(lambda: self.loss(batch))
 
 
+@torch.no_grad()
+def share_following(pipe: StableDiffusionControlNetPipeline, count: int, *, steps: int, guidance: float) -> float:
+    """The share of pictures whose one thing is where the edges are, and of the shape that was asked for."""
+    rng, right = random.Random(_TEST_SEED), 0
+    for seed in range(count):
+        drawing = draw_anywhere(rng)
+        answer = pipe(
+            placeless_caption(drawing.scene),
+            image=Image.fromarray(edges(drawing.masks)),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="np",
+        )
+        seen, (asked,) = find((answer.images[0] * 255).round().astype(np.uint8)), find(drawing.picture)
+        right += len(seen) == 1 and _agree(seen[0], asked)
+    return right / count
+
+
+def _agree(seen: Form | None, asked: Form | None) -> bool:
+    if not seen or not asked:
+        return False
+    return seen.shape == asked.shape and math.hypot(seen.x - asked.x, seen.y - asked.y) <= _TOLERANCE_PX
+
+
 def main() -> None:
     """Trains the ControlNet and saves it in half precision."""
     parser = argparse.ArgumentParser(prog="python -m training.controlnet", description=__doc__)
@@ -129,6 +158,13 @@ def main() -> None:
     plan = Plan(peak=5e-4, limit_s=options.limit_s, run_s=options.run_s, fall=0.5, decay=0.998)
     training = ControlNetTraining(pipe, make_guided(pipe, options.scenes, seed=20_000), plan, folder=options.folder)
     training.run()
+    parts = {**pipe.components, "controlnet": training.averaged}
+    steered = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    steered.set_progress_bar_config(disable=True)
+    share = share_following(steered, _TESTED_COUNT, **model_defaults(options.model))
+    print(
+        f"{share:.1%} of {_TESTED_COUNT} things are where the edges are, 95 % interval", interval(share, _TESTED_COUNT)
+    )
     training.averaged.half().save_pretrained(options.out)
 
 

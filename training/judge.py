@@ -32,8 +32,8 @@ _RADII_PX = np.arange(16.0, 34.0)
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
-    """A thing as read, with its centre and radius in px."""
+class Form:
+    """A thing as read, with the middle of its bounding box and its radius in px."""
 
     colour: str
     shape: str
@@ -42,19 +42,22 @@ class _Form:
     radius: float
 
 
-def read(picture: np.ndarray) -> Scene | None:
-    """Reads the scene off a picture [SIZE_PX, SIZE_PX, 3] uint8; None unless one or two shapes stand out."""
+def find(picture: np.ndarray) -> list[Form | None]:
+    """Whatever stands out from the background of a picture [SIZE_PX, SIZE_PX, 3] uint8; None for what is no shape."""
     pixels = picture.astype(np.float32)
     ground = _ground(pixels)
-    background = _nearest(ground, BACKGROUNDS)
-    forms = [_form(pixels, ground, part) for part in _parts(np.abs(pixels - ground).sum(2))]
-    if any(form is None for form in forms) or not 1 <= len(forms) <= 2:
-        return None
+    return [_form(pixels, ground, part) for part in _parts(np.abs(pixels - ground).sum(2))]
+
+
+def read(picture: np.ndarray) -> Scene | None:
+    """Reads the scene off a picture [SIZE_PX, SIZE_PX, 3] uint8; None unless one or two shapes stand out, alone."""
+    forms = find(picture)
     found = [form for form in forms if form]
+    if len(found) < len(forms) or not 1 <= len(found) <= 2:
+        return None
     place = _place(found[0]) if len(found) == 1 else _relation(*found)
-    return Scene(
-        things=tuple(_thing(form, alone=len(found) == 1) for form in found), place=place, background=background
-    )
+    things = tuple(_thing(form, alone=len(found) == 1) for form in found)
+    return Scene(things=things, place=place, background=read_background(picture))
 
 
 def read_background(picture: np.ndarray) -> str:
@@ -76,7 +79,7 @@ def _parts(distance: np.ndarray) -> list[np.ndarray]:
     return [part for part in parts if part.sum() >= _LEAST_AREA_PX]
 
 
-def _form(pixels: np.ndarray, ground: np.ndarray, part: np.ndarray) -> _Form | None:
+def _form(pixels: np.ndarray, ground: np.ndarray, part: np.ndarray) -> Form | None:
     distance = np.abs(pixels - ground).sum(2) * part
     core = np.quantile(distance[part], 0.75)
     mask = distance > _EDGE * core
@@ -91,7 +94,7 @@ def _form(pixels: np.ndarray, ground: np.ndarray, part: np.ndarray) -> _Form | N
     if overlap[best] < _LEAST_OVERLAP:
         return None
     shape, radius = kinds[best]
-    return _Form(_nearest(colour, COLOURS), shape, x, y, radius)
+    return Form(_nearest(colour, COLOURS), shape, x, y, radius)
 
 
 def _window(mask: np.ndarray, x: int, y: int) -> np.ndarray:
@@ -117,18 +120,18 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
     return min(palette, key=lambda name: float(np.abs(colour - np.array(palette[name])).sum()))
 
 
-def _place(form: _Form) -> str:
+def _place(form: Form) -> str:
     return min(PLACES, key=lambda name: float(np.hypot(form.x - PLACES[name][0], form.y - PLACES[name][1])))
 
 
-def _relation(first: _Form, second: _Form) -> str:
+def _relation(first: Form, second: Form) -> str:
     right, down = second.x - first.x, second.y - first.y
     if abs(right) > abs(down):
         return "left of" if right > 0 else "right of"
     return "above" if down > 0 else "below"
 
 
-def _thing(form: _Form, *, alone: bool) -> Thing:
+def _thing(form: Form, *, alone: bool) -> Thing:
     size = min(SIZES, key=lambda name: abs(SIZES[name] - form.radius)) if alone else None
     return Thing(colour=form.colour, shape=form.shape, size=size)
 
