@@ -19,11 +19,13 @@ from torch import nn
 from training.denoiser import loose_captions, token_ids, velocity_loss
 from training.descent import Descent, Plan
 from training.dit import Conditions, flow_loss
-from training.evaluate import load
+from training.evaluate import easy_scenes, generate, load, model_defaults
 from training.latents import Latents, load_latents
 from training.scenes import STYLES
+from training.styles import share_in_style
 
 RANK = 8
+_TESTED_COUNT = 200
 _UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 _TRANSFORMER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out"]
 
@@ -101,6 +103,13 @@ def main() -> None:
     training = LoraTraining(pipe, options.style, data, plan, folder=options.folder)
     training.run()
     training.save(options.out)
+    scenes, settings = easy_scenes(_TESTED_COUNT), model_defaults(options.model)
+    for state in ("without", "with"):
+        if state == "with":
+            pipe.load_lora_weights(options.out)
+        pictures = generate(pipe, scenes, **settings)
+        shares = {style: f"{share_in_style(pictures, scenes, style):.1%}" for style in STYLES}
+        print(f"{_TESTED_COUNT} pictures {state} the LoRA, by style: {shares}")
 
 
 if __name__ == "__main__":

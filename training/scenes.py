@@ -52,7 +52,7 @@ STYLES = ("flat", "outline", "stripes", "shadow")
 _JITTER_PX = 3.0
 _LINE_PX = 5
 _STRIPE_PX = 8
-_STRIPE_SHADE = 0.55
+STRIPE_SHADE = 0.55
 _SHADOW_PX = 6
 _SHADOW = 0.6
 _PAIR_SHARE = 0.6  # of random scenes: there is more to learn from two things than from one
@@ -216,6 +216,15 @@ def draw_mask(shape: str, x: float, y: float, r: float, line_px: int = 0) -> np.
     return mask
 
 
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a thing is, in px."""
+
+    x: float
+    y: float
+    radius: float
+
+
 def draw(
     scene: Scene, rng: random.Random, style: str = "flat", *, centre: tuple[float, float] | None = None
 ) -> Drawing:
@@ -224,14 +233,22 @@ def draw(
     With `centre` a single thing is drawn around it, wherever its caption says that it is.
     """
     centres = RELATIONS[scene.place] if scene.is_hard else (centre or PLACES[scene.place],)
+    spots = []
+    for thing, (x, y) in zip(scene.things, centres, strict=True):
+        radius = (SIZES[thing.size] if thing.size else PAIR_RADIUS_PX) * rng.uniform(0.94, 1.06)
+        jitter_x, jitter_y = (rng.uniform(-_JITTER_PX, _JITTER_PX) for _ in range(2))
+        spots.append(Spot(x + jitter_x, y + jitter_y, radius))
+    return draw_at(scene, spots, style)
+
+
+def draw_at(scene: Scene, spots: Sequence[Spot], style: str = "flat") -> Drawing:
+    """Draws each of the scene's things at its spot."""
     masks = np.zeros((2, SIZE_PX, SIZE_PX), np.uint8)
     picture = np.empty((SIZE_PX, SIZE_PX, 3), np.float32)
     picture[:] = BACKGROUNDS[scene.background]
-    for mask, thing, (x, y) in zip(masks, scene.things, centres, strict=False):
-        radius = (SIZES[thing.size] if thing.size else PAIR_RADIUS_PX) * rng.uniform(0.94, 1.06)
-        jitter_x, jitter_y = (rng.uniform(-_JITTER_PX, _JITTER_PX) for _ in range(2))
-        line_px = _LINE_PX if style == "outline" else 0
-        mask[:] = draw_mask(thing.shape, x + jitter_x, y + jitter_y, radius, line_px)
+    line_px = _LINE_PX if style == "outline" else 0
+    for mask, thing, spot in zip(masks, scene.things, spots, strict=False):
+        mask[:] = draw_mask(thing.shape, spot.x, spot.y, spot.radius, line_px)
         _paint(picture, mask, np.array(COLOURS[thing.colour], np.float32), style)
     return Drawing(scene, picture.round().astype(np.uint8), masks)
 
@@ -255,7 +272,7 @@ def _shadow(mask: np.ndarray) -> np.ndarray:
 def _striped(colour: np.ndarray) -> np.ndarray:
     """The colour, in rows that are plain and rows that are darker: [SIZE_PX, 1, 3]."""
     is_dark = np.arange(SIZE_PX) // _STRIPE_PX % 2 == 1
-    return np.where(is_dark[:, None, None], _STRIPE_SHADE * colour, colour)
+    return np.where(is_dark[:, None, None], STRIPE_SHADE * colour, colour)
 
 
 @dataclass(frozen=True, slots=True)

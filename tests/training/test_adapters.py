@@ -12,8 +12,10 @@ from tests.training.tiny import PLAN, falls, latents, tiny_shapes
 from training.controlnet import ControlNetTraining, draw_anywhere, edges, make_guided
 from training.dit import DitTraining
 from training.dit import assemble as dit
+from training.evaluate import easy_scenes
 from training.lora import LoraTraining
-from training.scenes import SIZE_PX, STYLES, draw_all, random_scenes
+from training.scenes import BACKGROUNDS, SIZE_PX, STYLES, draw_all, random_scenes
+from training.styles import share_in_style, style_of
 
 DIT = {"height": SIZE_PX, "width": SIZE_PX, "max_sequence_length": 32}
 
@@ -63,3 +65,14 @@ def test_each_style_paints_the_same_scenes_differently() -> None:
     for i, first in enumerate(pictures):
         for second in pictures[i + 1 :]:
             assert all((a != b).any() for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_style_of_drawn_truth_is_told(style: str) -> None:
+    scenes = easy_scenes(100, seed=9)
+    assert share_in_style(draw_all(scenes, 1, style), scenes, style) >= 0.98
+
+
+def test_a_picture_without_its_thing_has_no_style() -> None:
+    scene = easy_scenes(1)[0]
+    assert style_of(np.full((SIZE_PX, SIZE_PX, 3), BACKGROUNDS[scene.background], np.uint8), scene) is None
