@@ -1,1 +1,12 @@
-"""Makes the small models that ship with Darkroom: data, tokenizer, VAE, denoiser, and the judge of their pictures."""
+"""Makes the small models that ship with Darkroom: a book, to be read in this order.
+
+scenes      the world they draw, and the words for it         judge       reads a picture back, by rules
+tokenizer   the words as tokens                               styles      in which style a thing is painted
+descent     the loop that every training shares               features    a network's view, for distances of sets
+vae         pictures to latents and back                      evaluate    a model's figures
+latents     scenes as latents, kept on disk                   previews    latents to colours, without a network
+denoiser    latents from captions: text encoder and UNet
+shapes      the pipeline `shapes`, assembled and saved        distil      `shapes-turbo`, four steps
+lora        other styles                                      dit         `shapes-dit`, a transformer
+controlnet  edges say where                                   scorer      when a light picture will do
+"""
