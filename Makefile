@@ -19,8 +19,8 @@ PROTOS := $(wildcard protos/darkroom/v1/*.proto)
 GENERATE := $(PYTHON) -m grpc_tools.protoc -Iprotos
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-long check proto bench gpu compose-test train-vae train-shapes train-turbo train-dit \
-    train-loras train-controlnet train-judge train-scorer judge clean \
+.PHONY: help setup demo up test test-long check proto bench gpu compose-test judge clean \
+    train-text train-vae train-shapes train-turbo train-dit train-loras train-controlnet train-judge train-scorer \
     check-format check-lint check-types check-imports check-protos check-generated check-compose
 
 help:  ## Lists the targets.
@@ -59,11 +59,14 @@ compose-test: $(VENV)  ## Builds the containers and tests the cluster they form;
 	tests/compose/run.sh
 
 # Each training keeps its state in out/training: stopped at any time, the same target goes on where it was.
+train-text: $(VENV)  ## Trains the text encoder of the models that ship.
+	$(PYTHON) -m training.text
+
 train-vae: $(VENV)  ## Trains the VAE of the models that ship, then its decoder (hours).
 	$(PYTHON) -m training.vae
 	$(PYTHON) -m training.vae --decoder
 
-train-shapes: $(VENV)  ## Trains models/shapes, after train-vae (hours).
+train-shapes: $(VENV)  ## Trains models/shapes, after train-vae and train-text (hours).
 	$(PYTHON) -m training.shapes
 
 train-turbo: $(VENV)  ## Distils models/shapes-turbo from models/shapes.

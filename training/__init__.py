@@ -3,9 +3,10 @@
 scenes      the world they draw, and the words for it         judge       reads a picture back, by rules
 tokenizer   the words as tokens                               styles      in which style a thing is painted
 descent     the loop that every training shares               features    a network's view, for distances of sets
-vae         pictures to latents and back                      evaluate    a model's figures
-latents     scenes as latents, kept on disk                   previews    latents to colours, without a network
-denoiser    latents from captions: text encoder and UNet
+text        what a caption says                               evaluate    a model's figures
+vae         pictures to latents and back                      previews    latents to colours, without a network
+latents     scenes as latents, kept on disk
+denoiser    latents from captions
 shapes      the pipeline `shapes`, assembled and saved        distil      `shapes-turbo`, four steps
 lora        other styles                                      dit         `shapes-dit`, a transformer
 controlnet  edges say where                                   scorer      when a light picture will do

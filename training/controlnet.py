@@ -18,11 +18,12 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from PIL import Image, ImageFilter
 
-from training.denoiser import token_ids, velocity_loss
+from training.denoiser import velocity_loss
 from training.descent import Descent, Plan
 from training.evaluate import interval, load, model_defaults
 from training.judge import Form, find
 from training.scenes import SIZE_PX, SIZES, Drawing, Scene, draw, random_single
+from training.text import embed
 from training.vae import encode_all
 
 _LINE_PX = 3  # of an edge; odd
@@ -86,8 +87,7 @@ class ControlNetTraining:
         torch.manual_seed(11)
         self._pipe, self._data = pipe, data
         self._controlnet = make_controlnet(pipe).train().to(memory_format=torch.channels_last)
-        for network in (pipe.unet, pipe.text_encoder):
-            network.requires_grad_(requires_grad=False)
+        pipe.unet.requires_grad_(requires_grad=False)
         self.descent = Descent("controlnet", {"controlnet": self._controlnet}, plan, seed=11, folder=folder)
 
     @property
@@ -101,8 +101,7 @@ class ControlNetTraining:
         rows = [rng.randrange(len(self._data.scenes)) for _ in range(batch)]
         scenes = [self._data.scenes[row] for row in rows]
         texts = ["" if rng.random() < _UNGUIDED_SHARE else placeless_caption(scene) for scene in scenes]
-        with torch.no_grad():
-            embedding_BTD = self._pipe.text_encoder(token_ids(self._pipe.tokenizer, texts))[0]
+        embedding_BTD = embed(self._pipe.tokenizer, self._pipe.text_encoder, texts)
         edges_BCHW = self._data.edges[rows].permute(0, 3, 1, 2).float() / 255
 
         def steer(noisy_BCHW: torch.Tensor, timestep_B: torch.Tensor) -> dict[str, Any]:

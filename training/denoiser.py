@@ -1,4 +1,4 @@
-"""Trains the text encoder and UNet of `shapes` together: latents from captions, by v-prediction.
+"""Trains the UNet of `shapes`: latents from captions, by v-prediction, under a text encoder that stays as it is.
 
 v-prediction over a linear schedule (Salimans & Ho 2022, arXiv 2202.00512) that ends in almost pure noise: with the
 usual schedule a flat background leaks through the last step's noise, and at inference the noise then picks it.
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.descent import Descent, Plan
 from training.latents import Latents
 from training.scenes import Scene, loose_caption
-from training.tokenizer import MAX_TOKENS
+from training.text import TEXT_WIDTH, embed
 from training.vae import LATENT_CHANNELS
 
 NOISE_SCHEDULE = {
@@ -29,7 +29,6 @@ NOISE_SCHEDULE = {
     "clip_sample": False,
     "steps_offset": 1,
 }
-TEXT_WIDTH = 128
 _UNGUIDED_SHARE = 0.1
 
 
@@ -54,35 +53,10 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """An untrained CLIP text model over the caption vocabulary."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 @cache
 def make_noise() -> DDPMScheduler:
     """The noise that is added in training."""
     return DDPMScheduler(**{key: value for key, value in NOISE_SCHEDULE.items() if key != "steps_offset"})
-
-
-def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
-    """[B, MAX_TOKENS] ids, as the pipeline makes them."""
-    tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
-    ids: torch.Tensor = tokens.input_ids
-    return ids
 
 
 def loose_captions(scenes: list[Scene], rng: random.Random) -> list[str]:
@@ -107,26 +81,32 @@ def velocity_loss(
 
 
 class DenoiserTraining:
-    """The two networks in training, their averages, and the data they learn from."""
+    """The UNet in training, its average, and the data it learns from."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, data: Latents, plan: Plan, *, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        data: Latents,
+        plan: Plan,
+        *,
+        folder: Path | None = None,
+    ) -> None:
         torch.manual_seed(1)
-        self._tokenizer, self._data = tokenizer, data
-        self._text_encoder = make_text_encoder(tokenizer).train()
+        self._tokenizer, self._text_encoder, self._data = tokenizer, text_encoder, data
         self._unet = make_unet().train().to(memory_format=torch.channels_last)
-        networks = {"text_encoder": self._text_encoder, "unet": self._unet}
-        self.descent = Descent("denoiser", networks, plan, seed=1, folder=folder)
+        self.descent = Descent("denoiser", {"unet": self._unet}, plan, seed=1, folder=folder)
 
     @property
-    def averaged(self) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-        """The averages of both networks: what is shipped."""
-        return self.descent.averaged("text_encoder"), self.descent.averaged("unet")
+    def averaged(self) -> UNet2DConditionModel:
+        """The average of the UNet: what is shipped."""
+        return self.descent.averaged("unet")
 
     def loss(self, batch: int) -> torch.Tensor:
         """The v-prediction error of a random batch."""
         scenes, latent_BCHW = self._data.take(batch, self.descent.rng)
-        ids_BT = token_ids(self._tokenizer, loose_captions(scenes, self.descent.rng))
-        return velocity_loss(self._unet, latent_BCHW, self._text_encoder(ids_BT)[0])
+        embedding_BTD = embed(self._tokenizer, self._text_encoder, loose_captions(scenes, self.descent.rng))
+        return velocity_loss(self._unet, latent_BCHW, embedding_BTD)
 
     def run(self, *, batch: int = 32, each: Callable[[int], None] = lambda _step: None) -> list[float]:
         """Trains until the plan ends; `each` is called after each step. Returns the loss of each step."""

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from training.denoiser import NOISE_SCHEDULE, make_noise, token_ids
+from training.denoiser import NOISE_SCHEDULE, make_noise
 from training.descent import Descent, Plan
 from training.evaluate import load
 from training.latents import Latents, load_latents
 from training.scenes import loose_caption
 from training.shapes import save
+from training.text import embed
 
 STEPS, TEACHER_GUIDANCE = 4, 3.0
 _GRID = 50  # solver steps from noise to picture; LCMScheduler's original_inference_steps
@@ -34,7 +35,6 @@ class Distillation:
         self, teacher: StableDiffusionPipeline, data: Latents, plan: Plan, *, folder: Path | None = None
     ) -> None:
         self._teacher, self._data = teacher, data
-        teacher.text_encoder.requires_grad_(requires_grad=False)
         self._guide: UNet2DConditionModel = teacher.unet.to(memory_format=torch.channels_last)
         self._student = copy.deepcopy(self._guide).train()
         self._guide.requires_grad_(requires_grad=False)
@@ -67,10 +67,8 @@ class Distillation:
         """Trains until the plan ends. Returns the loss of each step."""
         return self.descent.run(lambda: self.loss(batch))
 
-    @torch.no_grad()
     def _embed(self, texts: list[str]) -> torch.Tensor:
-        embedding_BTD: torch.Tensor = self._teacher.text_encoder(token_ids(self._teacher.tokenizer, texts))[0]
-        return embedding_BTD
+        return embed(self._teacher.tokenizer, self._teacher.text_encoder, texts)
 
     def _picture(
         self, unet: UNet2DConditionModel, noisy_BCHW: torch.Tensor, at_B: torch.Tensor, embedding_BTD: torch.Tensor

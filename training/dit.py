@@ -25,12 +25,13 @@ from diffusers import (
 from torch import nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from training.denoiser import TEXT_WIDTH, loose_captions, token_ids
+from training.denoiser import loose_captions
 from training.descent import Descent, Plan
 from training.evaluate import load
 from training.latents import Latents, load_latents
 from training.scenes import loose_caption
 from training.shapes import save
+from training.text import TEXT_WIDTH, token_ids
 from training.tokenizer import MAX_TOKENS, caption_words
 from training.vae import LATENT_CHANNELS
 
@@ -86,7 +87,6 @@ class Conditions:
 
     def __init__(self, shapes: DiffusionPipeline, tokenizer: T5Tokenizer, text_encoder: nn.Module) -> None:
         self._shapes, self._tokenizer, self._text_encoder = shapes, tokenizer, text_encoder
-        shapes.text_encoder.requires_grad_(requires_grad=False)
 
     def of(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """The transformer's arguments that say what to draw."""

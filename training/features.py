@@ -36,15 +36,16 @@ FEATURES = 64
 FILE_NAME = "model.safetensors"
 _WIDTHS = (16, 32, 48, 64, 64)
 _TOLD = ("left of", "above")  # a pair is told from its left or upper thing
-_BLANK = "nothing"
-_QUESTIONS: dict[str, tuple[str, ...]] = {
+BLANK = "nothing"
+"""The answer where there is no second thing, or no size to tell."""
+QUESTIONS: dict[str, tuple[str, ...]] = {
     "background": tuple(BACKGROUNDS),
     "place": (*PLACES, *_TOLD),
-    "size": (*SIZES, _BLANK),
+    "size": (*SIZES, BLANK),
     "first colour": tuple(COLOURS),
     "first shape": SHAPES,
-    "second colour": (*COLOURS, _BLANK),
-    "second shape": (*SHAPES, _BLANK),
+    "second colour": (*COLOURS, BLANK),
+    "second shape": (*SHAPES, BLANK),
 }
 
 
@@ -55,11 +56,11 @@ def answers(scene: Scene) -> dict[str, str]:
     return {
         "background": told.background,
         "place": told.place,
-        "size": first.size or _BLANK,
+        "size": first.size or BLANK,
         "first colour": first.colour,
         "first shape": first.shape,
-        "second colour": second.colour if second else _BLANK,
-        "second shape": second.shape if second else _BLANK,
+        "second colour": second.colour if second else BLANK,
+        "second shape": second.shape if second else BLANK,
     }
 
 
@@ -73,7 +74,7 @@ class Reader(nn.Module):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
             layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(_WIDTHS[-1] * 16, FEATURES))
-        self.heads = nn.ModuleList([nn.Linear(FEATURES, len(names)) for names in _QUESTIONS.values()])
+        self.heads = nn.ModuleList([nn.Linear(FEATURES, len(names)) for names in QUESTIONS.values()])
 
     def features(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """[B, FEATURES]."""
@@ -113,7 +114,7 @@ def _worn(image_BCHW: torch.Tensor, rng: random.Random) -> torch.Tensor:
 
 def _targets(scenes: list[Scene]) -> list[torch.Tensor]:
     told = [answers(scene) for scene in scenes]
-    return [torch.tensor([names.index(t[question]) for t in told]) for question, names in _QUESTIONS.items()]
+    return [torch.tensor([names.index(t[question]) for t in told]) for question, names in QUESTIONS.items()]
 
 
 @torch.no_grad()

@@ -16,13 +16,14 @@ from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
-from training.denoiser import loose_captions, token_ids, velocity_loss
+from training.denoiser import loose_captions, velocity_loss
 from training.descent import Descent, Plan
 from training.dit import Conditions, flow_loss
 from training.evaluate import easy_scenes, generate, load, model_defaults
 from training.latents import Latents, load_latents
 from training.scenes import STYLES
 from training.styles import share_in_style
+from training.text import embed
 
 RANK = 8
 _TESTED_COUNT = 200
@@ -72,9 +73,7 @@ def _embedder(pipe: DiffusionPipeline) -> Callable[[nn.Module, torch.Tensor, lis
     if isinstance(pipe, StableDiffusionPipeline):
 
         def of_unet(unet: nn.Module, latent_BCHW: torch.Tensor, texts: list[str]) -> torch.Tensor:
-            with torch.no_grad():
-                embedding_BTD = pipe.text_encoder(token_ids(pipe.tokenizer, texts))[0]
-            return velocity_loss(unet, latent_BCHW, embedding_BTD)
+            return velocity_loss(unet, latent_BCHW, embed(pipe.tokenizer, pipe.text_encoder, texts))
 
         return of_unet
     conditions = Conditions(pipe, pipe.tokenizer_2, pipe.text_encoder_2.requires_grad_(requires_grad=False))

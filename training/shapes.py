@@ -2,7 +2,8 @@
 
     python -m training.shapes --folder out/training --limit-s 20000 --out models/shapes
 
-Stopped at any time, the same command goes on where it was. The VAE comes first (`training.vae`).
+Stopped at any time, the same command goes on where it was. The VAE and the text encoder come first (`training.vae`,
+`training.text`).
 Weights are stored in half precision, and config.json says float32: half the bytes, and loaders compute in float32.
 """
 
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDif
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from training.denoiser import NOISE_SCHEDULE, DenoiserTraining
-from training.descent import Plan
+from training.descent import Descent, Plan
 from training.evaluate import contact_sheet, easy_scenes, generate, hard_scenes, in_a_line
 from training.judge import mark_all
 from training.latents import load_latents
@@ -72,21 +73,22 @@ def save(pipe: DiffusionPipeline, folder: Path) -> None:
     partial.rename(folder)
 
 
-def look(training: DenoiserTraining, vae: AutoencoderKL, folder: Path, *, count: int) -> None:
+def look(pipe: DiffusionPipeline, descent: Descent, folder: Path, *, count: int) -> None:
     """Logs what the judge makes of `count` easy and `count` hard pictures, and keeps a sheet of them."""
-    pipe, shown = assemble(vae, *training.averaged, make_tokenizer()), []
+    shown = []
     for kind, scenes in (("easy", easy_scenes(count)), ("hard", hard_scenes(count))):
         pictures = generate(pipe, scenes, steps=STEPS, guidance=GUIDANCE)
-        training.descent.note(f"{kind} {in_a_line(mark_all(pictures, scenes))}")
+        descent.note(f"{kind} {in_a_line(mark_all(pictures, scenes))}")
         shown.append(pictures[:30])
     contact_sheet(np.concatenate(shown), 10).save(folder / "shapes.png")
 
 
 def main() -> None:
-    """Trains the text encoder and UNet, looks at their pictures now and then, and saves the model at the end."""
+    """Trains the UNet, looks at its pictures now and then, and saves the model at the end."""
     options = _options()
     torch.set_num_threads(1)
     vae = AutoencoderKL.from_pretrained(options.folder / "vae").eval()
+    text_encoder, tokenizer = CLIPTextModel.from_pretrained(options.folder / "text_encoder").eval(), make_tokenizer()
     data = load_latents(vae, options.folder, options.scenes)
     plan = Plan(
         peak=options.peak,
@@ -97,15 +99,16 @@ def main() -> None:
         decay=0.999,
         weight_decay=1e-2,
     )
-    training = DenoiserTraining(make_tokenizer(), data, plan, folder=options.folder)
+    training = DenoiserTraining(tokenizer, text_encoder, data, plan, folder=options.folder)
+    pipe = assemble(vae, text_encoder, training.averaged, tokenizer)
 
     def each(step: int) -> None:
         if step % _LOOK_EVERY == 0:
             with torch.random.fork_rng():
-                look(training, vae, options.folder, count=40)
+                look(pipe, training.descent, options.folder, count=40)
 
     training.run(each=each)
-    save(assemble(vae, *training.averaged, make_tokenizer()), options.out)
+    save(pipe, options.out)
 
 
 def _options() -> argparse.Namespace:

@@ -18,8 +18,9 @@ from training.dit import DitTraining, GuidanceTraining, make_text_tokenizer, pac
 from training.dit import assemble as dit
 from training.evaluate import interval
 from training.features import FEATURES, features_of, frechet_distance, share_read, train_reader
-from training.scenes import make_dataset
+from training.scenes import Scene, Thing, make_dataset, single
 from training.scorer import ScorerTraining, confidence, make_processor, seen
+from training.text import TextTraining, told
 from training.tokenizer import caption_words, make_tokenizer
 from training.vae import encode_all, make_vae, reconstruct, refine_decoder, train_vae
 
@@ -75,10 +76,29 @@ def test_the_vae_learns_and_its_decoder_goes_on_alone() -> None:
 
 
 def test_the_denoiser_learns_and_its_average_follows() -> None:
-    training = DenoiserTraining(make_tokenizer(), latents(), PLAN)
-    start = [p.clone() for p in training.averaged[1].parameters()]
+    shapes = tiny_shapes()
+    training = DenoiserTraining(shapes.tokenizer, shapes.text_encoder, latents(), PLAN)
+    start = [p.clone() for p in training.averaged.parameters()]
     assert falls(training.run(batch=16))
-    assert any(not torch.equal(a, b) for a, b in zip(start, training.averaged[1].parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(start, training.averaged.parameters(), strict=True))
+
+
+def test_the_text_encoder_learns() -> None:
+    training = TextTraining(make_tokenizer(), PLAN)
+    assert falls(training.run(batch=16))
+    assert 0 <= training.share_understood(50) <= 1
+
+
+def test_captions_answer_what_they_say_and_leave_the_rest_open() -> None:
+    things = (Thing(colour="red", shape="circle"), Thing(colour="blue", shape="star"))
+    pair = Scene(things=things, place="right of", background="gray")
+    whole = told("a red circle to the right of a blue star on a gray background", pair)
+    assert whole == told("on gray background blue star left of red circle", pair)
+    assert list(whole.values()) == ["gray", "left of", "nothing", "blue", "star", "red", "circle"]
+    assert list(told("a red circle and a blue star", pair).values())[:5] == ["open", "open", "nothing", "red", "circle"]
+    assert set(told("", pair).values()) == {"open"}
+    alone = single("small", "red", "circle", "in the center", "white")
+    assert list(told("a red circle", alone).values()) == ["open", "open", "open", "red", "circle", "nothing", "nothing"]
 
 
 def test_an_interval_holds_the_share_and_narrows_with_the_count() -> None:

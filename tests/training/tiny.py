@@ -4,11 +4,12 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from training.denoiser import make_text_encoder, make_unet
+from training.denoiser import make_unet
 from training.descent import Plan
 from training.latents import Latents
 from training.scenes import random_scenes
 from training.shapes import assemble
+from training.text import make_text_encoder
 from training.tokenizer import make_tokenizer
 from training.vae import make_vae
 
