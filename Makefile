@@ -59,8 +59,9 @@ compose-test: $(VENV)  ## Builds the containers and tests the cluster they form;
 	tests/compose/run.sh
 
 # Each training keeps its state in out/training: stopped at any time, the same target goes on where it was.
-train-text: $(VENV)  ## Trains the text encoder of the models that ship.
-	$(PYTHON) -m training.text
+train-text: $(VENV)  ## Trains the text encoders of the models that ship.
+	$(PYTHON) -m training.text --kind clip
+	$(PYTHON) -m training.text --kind t5
 
 train-vae: $(VENV)  ## Trains the VAE of the models that ship, then its decoder (hours).
 	$(PYTHON) -m training.vae

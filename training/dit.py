@@ -3,7 +3,8 @@
 Flux rather than SD3, since diffusers caches its blocks and splits it over devices. Two trainings: flow matching (Lipman
 et al. 2023, arXiv 2210.02747; noise levels as in Esser et al. 2024, arXiv 2403.03206) from captions, one in ten empty;
 then guidance is distilled into the transformer's guidance embedding (Meng et al. 2023, arXiv 2210.03142), as in Flux
-itself, so that a picture needs one forward a step. The pooled embedding is that of `shapes`' text encoder.
+itself, so that a picture needs one forward a step. The pooled embedding is that of `shapes`' text encoder; T5 comes
+first (`training.text --kind t5`).
 
     python -m training.dit --shapes models/shapes --out models/shapes-dit
 """
@@ -22,8 +23,7 @@ from diffusers import (
     FluxTransformer2DModel,
     StableDiffusionPipeline,
 )
-from torch import nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5EncoderModel, T5Tokenizer
 
 from training.denoiser import loose_captions
 from training.descent import Descent, Plan
@@ -31,8 +31,8 @@ from training.evaluate import load
 from training.latents import Latents, load_latents
 from training.scenes import loose_caption
 from training.shapes import save
-from training.text import TEXT_WIDTH, token_ids
-from training.tokenizer import MAX_TOKENS, caption_words
+from training.text import TEXT_WIDTH, embed, token_ids
+from training.tokenizer import MAX_TOKENS, make_t5_tokenizer
 from training.vae import LATENT_CHANNELS
 
 STEPS, GUIDANCE = 20, 3.0
@@ -57,47 +57,19 @@ def make_transformer() -> FluxTransformer2DModel:
     )
 
 
-def make_text_tokenizer() -> T5Tokenizer:
-    """One token per word of the caption language; other words are spelled in letters."""
-    words = [(f"▁{word}", -1.0) for word in caption_words()]
-    letters = [(piece, -8.0) for piece in ["▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,-'"]]
-    known = {piece for piece, _ in words}
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *words, *(x for x in letters if x[0] not in known)]
-    return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=MAX_TOKENS)
-
-
-def make_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """An untrained T5 encoder over the caption vocabulary."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=TEXT_WIDTH,
-            d_ff=2 * TEXT_WIDTH,
-            d_kv=32,
-            num_heads=4,
-            num_layers=3,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
-
-
 class Conditions:
     """What a caption becomes on its way to the transformer: T5's tokens, and the pooled embedding of `shapes`."""
 
-    def __init__(self, shapes: DiffusionPipeline, tokenizer: T5Tokenizer, text_encoder: nn.Module) -> None:
+    def __init__(self, shapes: DiffusionPipeline, tokenizer: T5Tokenizer, text_encoder: T5EncoderModel) -> None:
         self._shapes, self._tokenizer, self._text_encoder = shapes, tokenizer, text_encoder
 
+    @torch.no_grad()
     def of(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """The transformer's arguments that say what to draw."""
-        tokens = self._tokenizer(
-            texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        )
-        with torch.no_grad():
-            pooled_BD = self._shapes.text_encoder(token_ids(self._shapes.tokenizer, texts)).pooler_output
+        pooled = self._shapes.text_encoder(token_ids(self._shapes.tokenizer, texts))
         return {
-            "encoder_hidden_states": self._text_encoder(tokens.input_ids)[0],
-            "pooled_projections": pooled_BD,
+            "encoder_hidden_states": embed(self._tokenizer, self._text_encoder, texts),
+            "pooled_projections": pooled.pooler_output,
             "txt_ids": torch.zeros(MAX_TOKENS, 3),
             "img_ids": positions(),
         }
@@ -134,17 +106,26 @@ def flow_loss(
 
 
 class DitTraining:
-    """The transformer and its text encoder in training, by flow matching."""
+    """The transformer in training, by flow matching."""
 
     def __init__(
-        self, shapes: StableDiffusionPipeline, data: Latents, plan: Plan, *, folder: Path | None = None
+        self,
+        shapes: StableDiffusionPipeline,
+        text_encoder: T5EncoderModel,
+        data: Latents,
+        plan: Plan,
+        *,
+        folder: Path | None = None,
     ) -> None:
         torch.manual_seed(8)
-        self._data, self.tokenizer = data, make_text_tokenizer()
-        self._transformer, self._text_encoder = make_transformer().train(), make_text_encoder(self.tokenizer).train()
-        self._conditions = Conditions(shapes, self.tokenizer, self._text_encoder)
-        networks = {"transformer": self._transformer, "text_encoder": self._text_encoder}
-        self.descent = Descent("dit", networks, plan, seed=8, folder=folder)
+        self._data, self._conditions = data, Conditions(shapes, make_t5_tokenizer(), text_encoder)
+        self._transformer = make_transformer().train()
+        self.descent = Descent("dit", {"transformer": self._transformer}, plan, seed=8, folder=folder)
+
+    @property
+    def averaged(self) -> FluxTransformer2DModel:
+        """The average of the transformer."""
+        return self.descent.averaged("transformer")
 
     def loss(self, batch: int) -> torch.Tensor:
         """The error of the velocity, at guidance 1."""
@@ -163,8 +144,8 @@ class GuidanceTraining:
     def __init__(
         self,
         shapes: StableDiffusionPipeline,
-        teacher: FluxTransformer2DModel,
         text_encoder: T5EncoderModel,
+        teacher: FluxTransformer2DModel,
         data: Latents,
         plan: Plan,
         *,
@@ -172,8 +153,13 @@ class GuidanceTraining:
     ) -> None:
         self._data, self._teacher = data, teacher.requires_grad_(requires_grad=False)
         self._student = copy.deepcopy(teacher).train().requires_grad_()
-        self._conditions = Conditions(shapes, make_text_tokenizer(), text_encoder.requires_grad_(requires_grad=False))
+        self._conditions = Conditions(shapes, make_t5_tokenizer(), text_encoder)
         self.descent = Descent("dit-guidance", {"transformer": self._student}, plan, seed=9, folder=folder)
+
+    @property
+    def averaged(self) -> FluxTransformer2DModel:
+        """The average of the student: what is shipped."""
+        return self.descent.averaged("transformer")
 
     def loss(self, batch: int) -> torch.Tensor:
         """The distance from the teacher's guided velocity."""
@@ -196,7 +182,7 @@ class GuidanceTraining:
 
 
 def assemble(
-    shapes: StableDiffusionPipeline, transformer: FluxTransformer2DModel, text_encoder: T5EncoderModel
+    shapes: StableDiffusionPipeline, text_encoder: T5EncoderModel, transformer: FluxTransformer2DModel
 ) -> FluxPipeline:
     """The pipeline as users get it. Ask it for 128 px and a `max_sequence_length` of 32."""
     pipe = FluxPipeline(
@@ -204,7 +190,7 @@ def assemble(
         text_encoder=shapes.text_encoder,
         tokenizer=shapes.tokenizer,
         text_encoder_2=text_encoder,
-        tokenizer_2=make_text_tokenizer(),
+        tokenizer_2=make_t5_tokenizer(),
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.5),
     )
@@ -226,17 +212,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     shapes = load(options.shapes)
+    text_encoder = T5EncoderModel.from_pretrained(options.folder / "text_encoder_2").eval()
     data = load_latents(shapes.vae, options.folder, options.scenes)
     plan = Plan(peak=options.peak, limit_s=options.limit_s, run_s=options.run_s, warmup=300, fall=0.3, decay=0.999)
-    training = DitTraining(shapes, data, plan, folder=options.folder)
+    training = DitTraining(shapes, text_encoder, data, plan, folder=options.folder)
     training.run()
-    transformer, text_encoder = (training.descent.averaged(key) for key in ("transformer", "text_encoder"))
+    transformer = training.averaged
     if training.descent.is_done:
         plan = Plan(peak=3e-4, limit_s=options.guidance_s, run_s=options.run_s, fall=0.5, decay=0.998)
-        guided = GuidanceTraining(shapes, transformer, text_encoder, data, plan, folder=options.folder)
+        guided = GuidanceTraining(shapes, text_encoder, transformer, data, plan, folder=options.folder)
         guided.run()
-        transformer = guided.descent.averaged("transformer")
-    save(assemble(shapes, transformer, text_encoder), options.out)
+        transformer = guided.averaged
+    save(assemble(shapes, text_encoder, transformer), options.out)
 
 
 if __name__ == "__main__":

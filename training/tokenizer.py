@@ -1,4 +1,4 @@
-"""A fixed vocabulary for CLIPTokenizer: every byte, and one token per word of the caption language.
+"""A fixed vocabulary: one token per word of the caption language, and every byte (CLIP) or letter (T5) for the rest.
 
 Training a BPE gives another vocabulary on each run; here the merges are generated, so the file never changes.
 """
@@ -6,7 +6,7 @@ Training a BPE gives another vocabulary on each run; here the merges are generat
 import re
 from itertools import pairwise
 
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from training.scenes import BACKGROUNDS, COLOURS, PLACES, RELATIONS, SHAPES, SIZES
@@ -53,3 +53,12 @@ def make_tokenizer() -> CLIPTokenizer:
     tokens = [*alphabet, *(a + _END for a in alphabet), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def make_t5_tokenizer() -> T5Tokenizer:
+    """The stock T5Tokenizer over the same words; others are spelled in letters."""
+    words = [f"▁{word}" for word in caption_words()]
+    letters = [letter for letter in ["▁", *"abcdefghijklmnopqrstuvwxyz0123456789.,-'"] if letter not in words]
+    pieces = [*((word, -1.0) for word in words), *((letter, -8.0) for letter in letters)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
+    return T5Tokenizer(vocab=[*special, *pieces], extra_ids=0, model_max_length=MAX_TOKENS)

@@ -10,12 +10,14 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from tests.training.tiny import PLAN, falls, latents, tiny_shapes
 from training.controlnet import ControlNetTraining, draw_anywhere, edges, make_guided
-from training.dit import DitTraining
 from training.dit import assemble as dit
+from training.dit import make_transformer
 from training.evaluate import easy_scenes
 from training.lora import LoraTraining
 from training.scenes import BACKGROUNDS, SIZE_PX, STYLES, draw_all, random_scenes
 from training.styles import share_in_style, style_of
+from training.text import make_t5_encoder
+from training.tokenizer import make_t5_tokenizer
 
 DIT = {"height": SIZE_PX, "width": SIZE_PX, "max_sequence_length": 32}
 
@@ -25,8 +27,7 @@ def test_a_lora_learns_and_diffusers_loads_it(kind: str, tmp_path: Path) -> None
     shapes = tiny_shapes()
     pipe, options = shapes, {}
     if kind == "transformer":
-        training = DitTraining(shapes, latents(), PLAN)
-        pipe, options = dit(shapes, *(training.descent.averaged(key) for key in ("transformer", "text_encoder"))), DIT
+        pipe, options = dit(shapes, make_t5_encoder(make_t5_tokenizer()).eval(), make_transformer()), DIT
     lora = LoraTraining(pipe, "outline", latents(), PLAN)
     assert falls(lora.run(batch=8))
     lora.save(tmp_path)

@@ -14,14 +14,14 @@ from training.denoiser import DenoiserTraining
 from training.descent import Descent, Plan
 from training.distil import Distillation
 from training.distil import assemble as turbo
-from training.dit import DitTraining, GuidanceTraining, make_text_tokenizer, pack, positions
+from training.dit import DitTraining, GuidanceTraining, pack, positions
 from training.dit import assemble as dit
 from training.evaluate import interval
 from training.features import FEATURES, features_of, frechet_distance, share_read, train_reader
 from training.scenes import Scene, Thing, make_dataset, single
 from training.scorer import ScorerTraining, confidence, make_processor, seen
-from training.text import TextTraining, told
-from training.tokenizer import caption_words, make_tokenizer
+from training.text import Kind, TextTraining, make_t5_encoder, told
+from training.tokenizer import caption_words, make_t5_tokenizer
 from training.vae import encode_all, make_vae, reconstruct, refine_decoder, train_vae
 
 
@@ -83,8 +83,9 @@ def test_the_denoiser_learns_and_its_average_follows() -> None:
     assert any(not torch.equal(a, b) for a, b in zip(start, training.averaged.parameters(), strict=True))
 
 
-def test_the_text_encoder_learns() -> None:
-    training = TextTraining(make_tokenizer(), PLAN)
+@pytest.mark.parametrize("kind", ["clip", "t5"])
+def test_a_text_encoder_learns(kind: Kind) -> None:
+    training = TextTraining(kind, PLAN)
     assert falls(training.run(batch=16))
     assert 0 <= training.share_understood(50) <= 1
 
@@ -142,12 +143,12 @@ def test_the_student_learns_and_its_pipeline_draws() -> None:
 
 def test_the_transformer_learns_and_so_does_its_guidance() -> None:
     shapes = tiny_shapes()
-    training = DitTraining(shapes, latents(), PLAN)
+    text_encoder = make_t5_encoder(make_t5_tokenizer()).eval()
+    training = DitTraining(shapes, text_encoder, latents(), PLAN)
     assert falls(training.run(batch=8))
-    transformer, text_encoder = (training.descent.averaged(key) for key in ("transformer", "text_encoder"))
-    guided = GuidanceTraining(shapes, transformer, text_encoder, latents(), PLAN)
+    guided = GuidanceTraining(shapes, text_encoder, training.averaged, latents(), PLAN)
     assert falls(guided.run(batch=8))
-    pipe = dit(shapes, guided.descent.averaged("transformer"), text_encoder)
+    pipe = dit(shapes, text_encoder, guided.averaged)
     sides = {"height": 128, "width": 128}
     answer = pipe("a red circle", num_inference_steps=2, max_sequence_length=32, output_type="np", **sides)
     assert answer.images.shape == (1, 128, 128, 3)
@@ -160,7 +161,7 @@ def test_tokens_are_packed_as_flux_packs_them() -> None:
 
 
 def test_every_word_of_the_caption_language_is_one_token_for_the_transformer_too() -> None:
-    tokenizer = make_text_tokenizer()
+    tokenizer = make_t5_tokenizer()
     for word in caption_words():
         assert len(tokenizer(word).input_ids) == 2, word  # before the end
     assert tokenizer.unk_token_id not in tokenizer("zebra, 12").input_ids
