@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -30,6 +29,7 @@ NOISE_SCHEDULE = {
     "steps_offset": 1,
 }
 _UNGUIDED_SHARE = 0.1
+_MOST_RATIO = 5.0
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -70,14 +70,21 @@ def velocity_loss(
     embedding_BTD: torch.Tensor,
     steer: Callable[[torch.Tensor, torch.Tensor], dict[str, Any]] = lambda _noisy, _timestep: {},
 ) -> torch.Tensor:
-    """The v-prediction error under noise of random levels; `steer` adds to the UNet's arguments, as ControlNets do."""
+    """The v-prediction error under noise of random levels; `steer` adds to the UNet's arguments, as ControlNets do.
+
+    What is left to learn where there is hardly any noise is the VAE's own grain, so these levels count less: an error
+    of the picture counts at most as at a signal-to-noise ratio of 5 (half of Hang et al. 2023, arXiv 2303.09556).
+    """
     schedule = make_noise()
     noise_BCHW = torch.randn_like(latent_BCHW)
     timestep_B = torch.randint(1000, (len(latent_BCHW),))
     noisy_BCHW = schedule.add_noise(latent_BCHW, noise_BCHW, timestep_B)
     target_BCHW = schedule.get_velocity(latent_BCHW, noise_BCHW, timestep_B)
     guess_BCHW = unet(noisy_BCHW, timestep_B, embedding_BTD, **steer(noisy_BCHW, timestep_B)).sample
-    return F.mse_loss(guess_BCHW, target_BCHW)
+    # A velocity's error is the picture's times (ratio + 1), and 1 - alpha is 1 / (ratio + 1).
+    weight_B = ((_MOST_RATIO + 1) * (1 - schedule.alphas_cumprod[timestep_B])).clamp(max=1)
+    loss: torch.Tensor = (weight_B * (guess_BCHW - target_BCHW).square().mean((1, 2, 3))).mean()
+    return loss
 
 
 class DenoiserTraining:
