@@ -128,7 +128,7 @@ def main() -> None:
     plan = Plan(peak=3e-4, limit_s=options.limit_s, run_s=options.run_s, fall=0.5, decay=0.998)
     distillation = Distillation(teacher, data, plan, folder=options.folder)
     distillation.run()
-    save(assemble(teacher, distillation.averaged), options.out)
+    save(assemble(teacher, distillation.averaged), options.out, steps=STEPS, guidance=1.0)
 
 
 if __name__ == "__main__":

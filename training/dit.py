@@ -223,7 +223,7 @@ def main() -> None:
         guided = GuidanceTraining(shapes, text_encoder, transformer, data, plan, folder=options.folder)
         guided.run()
         transformer = guided.averaged
-    save(assemble(shapes, text_encoder, transformer), options.out)
+    save(assemble(shapes, text_encoder, transformer), options.out, steps=STEPS, guidance=GUIDANCE)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from training.descent import Descent, Plan
 from training.evaluate import contact_sheet, easy_scenes, generate, hard_scenes, in_a_line
 from training.judge import mark_all
 from training.latents import load_latents
+from training.scenes import SIZE_PX
 from training.tokenizer import make_tokenizer
 
 STEPS, GUIDANCE = 25, 3.0
@@ -47,22 +48,28 @@ def assemble(
     return pipe
 
 
-def save(pipe: DiffusionPipeline, folder: Path) -> None:
+def save(pipe: DiffusionPipeline, folder: Path, *, steps: int, guidance: float) -> None:
     """Writes the pipeline in diffusers' directory format, weights in half precision, in one go.
 
-    Files beside the pipeline's own, such as the card, stay. The networks given are left as they are.
+    `steps` and `guidance` are what the model is asked for where nobody says otherwise. Files beside the pipeline's own,
+    such as the card, stay. The networks given are left as they are.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    halved = {name: copy.deepcopy(network).half() for name, network in networks.items()}
-    type(pipe)(**{**pipe.components, **halved}).save_pretrained(partial, safe_serialization=True)
+    halved = copy.deepcopy(pipe)
+    for part in halved.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.half()
+    halved.save_pretrained(partial, safe_serialization=True)
     for config in partial.glob("*/config.json"):
         entries = json.loads(config.read_text())
         entries.pop("_name_or_path", None)  # where it was loaded from on the machine that trained it
         if config.parent.name.startswith("text_encoder"):
             entries["dtype"] = "float32"
         config.write_text(json.dumps(entries, indent=2) + "\n")
+    sides = dict.fromkeys(("default_width_px", "default_height_px"), SIZE_PX)
+    defaults = {**sides, "default_step_count": steps, "default_guidance_scale": guidance}
+    (partial / "darkroom.json").write_text(json.dumps(defaults) + "\n")
     for file in partial.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors makes them readable by nobody else
     if folder.is_dir():
@@ -108,7 +115,7 @@ def main() -> None:
                 look(pipe, training.descent, options.folder, count=40)
 
     training.run(each=each)
-    save(pipe, options.out)
+    save(pipe, options.out, steps=STEPS, guidance=GUIDANCE)
 
 
 def _options() -> argparse.Namespace:

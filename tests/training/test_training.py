@@ -132,7 +132,7 @@ def test_a_frechet_distance_is_that_of_the_distributions() -> None:
 def test_the_student_learns_and_its_pipeline_draws() -> None:
     teacher = tiny_shapes()
     distillation = Distillation(teacher, latents(), PLAN)
-    assert falls(distillation.run(batch=8))
+    assert falls(distillation.run(batch=4))
     pipe = turbo(teacher, distillation.averaged)
     assert pipe("a red circle", num_inference_steps=4, guidance_scale=1.0, output_type="np").images.shape[1:3] == (
         128,
@@ -145,9 +145,9 @@ def test_the_transformer_learns_and_so_does_its_guidance() -> None:
     shapes = tiny_shapes()
     text_encoder = make_t5_encoder(make_t5_tokenizer()).eval()
     training = DitTraining(shapes, text_encoder, latents(), PLAN)
-    assert falls(training.run(batch=8))
+    assert falls(training.run(batch=4))
     guided = GuidanceTraining(shapes, text_encoder, training.averaged, latents(), PLAN)
-    assert falls(guided.run(batch=8))
+    assert falls(guided.run(batch=4))
     pipe = dit(shapes, text_encoder, guided.averaged)
     sides = {"height": 128, "width": 128}
     answer = pipe("a red circle", num_inference_steps=2, max_sequence_length=32, output_type="np", **sides)
