@@ -6,8 +6,11 @@ Time is CPU time of the process, so that a run that is paused, or shares its cor
 import copy
 import math
 import random
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,17 @@ from torch import nn
 
 _SECONDS_BETWEEN_SAVES = 150
 _NOTE_EVERY = 100
+
+
+@contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM came, which ends nothing by itself inside."""
+    came = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,20 +104,24 @@ class Descent:
         return self._averages[key]
 
     def run(self, loss: Callable[[], torch.Tensor], *, each: Callable[[int], None] = lambda _step: None) -> list[float]:
-        """Minimises `loss` until the plan ends; `each` is called after each step. Returns the loss of each step."""
+        """Minimises `loss` until the plan ends; `each` is called after each step. Returns the loss of each step.
+
+        SIGTERM ends the run after the step at hand.
+        """
         losses: list[float] = []
         began_s, ran_s, saved_s = time.process_time() - self.seconds, self.seconds, self.seconds
-        while not self.is_done and self.seconds - ran_s < self.plan.run_s:
-            rate = self.plan.rate(self.step, self.plan.progress(self.step, self.seconds))
-            losses.append(self._descend(loss(), rate))
-            self.step += 1
-            self.seconds = time.process_time() - began_s
-            each(self.step)
-            if self.step % _NOTE_EVERY == 0:
-                self.note(f"loss {sum(losses[-_NOTE_EVERY:]) / len(losses[-_NOTE_EVERY:]):.4f}")
-            if self.seconds - saved_s > _SECONDS_BETWEEN_SAVES:
-                self.save()
-                saved_s = self.seconds
+        with _sigterm() as is_asked_to_stop:
+            while not self.is_done and self.seconds - ran_s < self.plan.run_s and not is_asked_to_stop():
+                rate = self.plan.rate(self.step, self.plan.progress(self.step, self.seconds))
+                losses.append(self._descend(loss(), rate))
+                self.step += 1
+                self.seconds = time.process_time() - began_s
+                each(self.step)
+                if self.step % _NOTE_EVERY == 0:
+                    self.note(f"loss {sum(losses[-_NOTE_EVERY:]) / len(losses[-_NOTE_EVERY:]):.4f}")
+                if self.seconds - saved_s > _SECONDS_BETWEEN_SAVES:
+                    self.save()
+                    saved_s = self.seconds
         self.save()
         return losses
 

@@ -1,5 +1,7 @@
 """Each training does what it should: twenty steps lower its loss, and it goes on where it stopped."""
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,19 @@ def test_a_run_ends_with_its_cpu_time() -> None:
     training = Descent("line", {"line": network}, Plan(peak=1e-2, run_s=0.05), seed=0)
     training.run(lambda: network(torch.rand(8, 4)).square().mean())
     assert 0.05 <= training.seconds < 1
+
+
+def test_sigterm_ends_a_run_after_the_step_at_hand(tmp_path: Path) -> None:
+    network, training = descent(20, tmp_path)
+
+    def loss() -> torch.Tensor:
+        if training.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        value: torch.Tensor = network(torch.rand(8, 4)).square().mean()
+        return value
+
+    assert len(training.run(loss)) == 3
+    assert descent(20, tmp_path)[1].step == 3
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
