@@ -19,7 +19,7 @@ from darkroom.models.networks import call_network
 from darkroom.models.program import Ticket
 from darkroom.models.remote import OutsideCall, Reply, calling_for
 from darkroom.models.variants import UNCONDITIONED
-from tests.models.oracle import CPU, Wanted
+from tests.models.oracle import CPU, Wanted, held_up
 from tests.models.variant_runs import Case, Elsewhere, denoise_variant, part_of, requested
 
 WANTED = Wanted("a red circle", 1, 5, 4.0)
@@ -84,12 +84,11 @@ def test_encodes_of_several_requests_share_a_batch_and_each_gets_its_own(
     alone = [
         executor.submit(partial(encode, vae, PIXELS[i : i + 1], Ticket(alone=True)))[0].result(60) for i in range(2)
     ]
-    gate, before = threading.Event(), elsewhere.executor.counts.batches
-    elsewhere.executor.submit(partial(gate.wait, 60))
-    runs = [executor.submit(partial(encode, vae, PIXELS[i : i + 1], Ticket()))[0] for i in range(2)]
-    while len(elsewhere.calls) < 4:
-        time.sleep(0.01)
-    gate.set()
+    before = elsewhere.executor.counts.batches
+    with held_up(elsewhere.executor):
+        runs = [executor.submit(partial(encode, vae, PIXELS[i : i + 1], Ticket()))[0] for i in range(2)]
+        while len(elsewhere.calls) < 4:
+            time.sleep(0.01)
     for run, right in zip(runs, alone, strict=True):
         found = run.result(60)
         assert found.mean.shape == right.mean.shape

@@ -2,7 +2,6 @@
 
 import io
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -24,7 +23,7 @@ from darkroom.models.program import Ticket
 from darkroom.models.variants import Conditions, Control, check_conditions, read_conditions, variant
 from darkroom.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS, scheduler_choice
 from darkroom.wire.conditions import ConditionFiles, ControlUse
-from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, Wanted, decode_task
+from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, Wanted, decode_task, held_up
 from tests.models.variant_runs import (
     CASES,
     LOOPS,
@@ -85,15 +84,13 @@ def test_a_variant_draws_what_plain_diffusers_draws(
     expected = [plain_latents(store, case, wanted, part) for wanted in REQUESTS]
 
     def programs(*, alone: bool) -> list[tuple[Future[Any], Ticket]]:
-        gate = threading.Event()
-        executor.submit(partial(gate.wait, 60))
         runs = []
-        for (task, embeddings), condition in zip(asked, conditions, strict=True):
-            check_conditions(part, condition, task.step_count)
-            ticket = Ticket(alone=alone)
-            program = partial(denoise_variant, part, task, embeddings, Journal(ticket), condition)
-            runs.append(executor.submit(program, ticket=ticket))
-        gate.set()
+        with held_up(executor):
+            for (task, embeddings), condition in zip(asked, conditions, strict=True):
+                check_conditions(part, condition, task.step_count)
+                ticket = Ticket(alone=alone)
+                program = partial(denoise_variant, part, task, embeddings, Journal(ticket), condition)
+                runs.append(executor.submit(program, ticket=ticket))
         return runs
 
     for (future, _), right in zip(programs(alone=True), expected, strict=True):
@@ -237,16 +234,15 @@ def test_calls_with_other_scales_of_a_controlnet_share_batches(store: Path) -> N
     executor = Executor(max_batch_rows=16)  # of its own: it has not learned yet whether batches of so small a net pay
     part, wanted = part_of(store, "tiny-sd", "denoiser"), REQUESTS[0]
     task, embeddings = requested(store, CASES["sd control"], wanted, executor, part)
-    gate, rows, runs = threading.Event(), list[int](), []
-    executor.submit(partial(gate.wait, 60))
-    for scale in (0.2, 0.9):
-        conditions = replace(CASES["sd control"], scales=(scale,)).conditions(store, wanted.seed)
-        program = partial(denoise_variant, part, task, embeddings, Journal(Ticket()), conditions)
-        runs.append(executor.submit(program)[0])
-    hook = conditions.controls[0].net.network.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["sample"])), with_kwargs=True
-    )
-    gate.set()
+    rows, runs = list[int](), []
+    with held_up(executor):
+        for scale in (0.2, 0.9):
+            conditions = replace(CASES["sd control"], scales=(scale,)).conditions(store, wanted.seed)
+            program = partial(denoise_variant, part, task, embeddings, Journal(Ticket()), conditions)
+            runs.append(executor.submit(program)[0])
+        hook = conditions.controls[0].net.network.register_forward_pre_hook(
+            lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["sample"])), with_kwargs=True
+        )
     try:
         one, other = (run.result(60) for run in runs)
     finally:
