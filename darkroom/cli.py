@@ -22,6 +22,8 @@ from darkroom import client as darkroom_client
 from darkroom.errors import DarkroomError, InvalidRequest, NotFound
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
 from darkroom.runtime.processes import ChildFailed
+from darkroom.v1 import cachemgr_pb2
+from darkroom.wire.conditions import ConditionFiles, ControlUse, IpAdapterUse
 
 DEFAULT_ROUTER_PORT = 7600
 
@@ -154,6 +156,15 @@ def run(  # noqa: PLR0917 - a command's options
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     scheduler: Annotated[str, typer.Option(help="`darkroom models` lists them.")] = "",
     lora: Annotated[list[str] | None, typer.Option(help="ID or ID:SCALE; may be given several times.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from, of the size that is drawn.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Where to draw: white is drawn anew, black is kept.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of the steps done from --image, 0 to 1.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="A ControlNet and its picture, ID=FILE or ID:SCALE=FILE; several times.")
+    ] = None,
+    ip_adapter: Annotated[
+        list[str] | None, typer.Option(help="An IP-Adapter and its picture, ID=FILE or ID:SCALE=FILE; several times.")
+    ] = None,
     step_cache: Annotated[float, typer.Option(help="Threshold, 0 to 1; 0.2 halves the work, 0 is exact.")] = 0.0,
     frames: Annotated[int, typer.Option(help="Frames of a video. Default: the pipeline's.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds the request may take.")] = 300.0,
@@ -178,7 +189,20 @@ def run(  # noqa: PLR0917 - a command's options
         seed=seed,
         image_count=count,
         scheduler=scheduler,
-        loras=tuple(_parse_lora(text) for text in lora or ()),
+        loras=tuple(_parse_scaled("--lora", text) for text in lora or ()),
+        conditions=ConditionFiles(
+            image=_read_picture("--image", image),
+            mask=_read_picture("--mask", mask),
+            strength=strength,
+            controls=tuple(
+                ControlUse(controlnet_id=guide_id, image=picture, scale=scale, start=0.0, end=1.0)
+                for guide_id, scale, picture in (_parse_guide("--control", text) for text in control or ())
+            ),
+            ip_adapters=tuple(
+                IpAdapterUse(adapter_id=guide_id, image=picture, scale=scale)
+                for guide_id, scale, picture in (_parse_guide("--ip-adapter", text) for text in ip_adapter or ())
+            ),
+        ),
         step_cache_threshold=step_cache,
         frame_count=frames,
         deterministic=deterministic,
@@ -321,6 +345,9 @@ async def _models(cachemgr: str, *, as_json: bool) -> None:
             for m in found
         ]
         rows += [{"lora_id": lora.lora_id, "base_model_id": lora.base_model_id} for lora in catalogue.loras]
+        rows += [
+            {f"{_role(guide)}_id": guide.guide_id, "pipelines": list(guide.pipelines)} for guide in catalogue.guides
+        ]
         print(json.dumps(rows))  # noqa: T201 - the answer
         return
     table = Table("model", "pipeline", "size", "default", "schedulers")
@@ -332,7 +359,15 @@ async def _models(cachemgr: str, *, as_json: bool) -> None:
     for lora in catalogue.loras:
         base = f"LoRA for {lora.base_model_id}" if lora.base_model_id else "LoRA"
         table.add_row(lora.lora_id, base, f"{lora.size_bytes / 1e6:.1f} MB", f"scale {lora.default_scale:g}", "")
+    for guide in catalogue.guides:
+        name = {"controlnet": "ControlNet", "ip_adapter": "IP-Adapter"}.get(_role(guide), "guide")
+        base = guide.base_model_id or ", ".join(guide.pipelines)
+        table.add_row(guide.guide_id, f"{name} for {base}", f"{guide.size_bytes / 1e6:.1f} MB", "", "")
     _out.print(table)
+
+
+def _role(guide: cachemgr_pb2.GuideModel) -> str:
+    return str(cachemgr_pb2.GuideModel.Role.Name(guide.role)).removeprefix("ROLE_").lower()
 
 
 def _cachemgr(address: str) -> str:
@@ -342,13 +377,37 @@ def _cachemgr(address: str) -> str:
     return address or (known.cachemgr if known else "")
 
 
-def _parse_lora(text: str) -> tuple[str, float | None]:
-    lora_id, colon, scale = text.partition(":")
+def _refused(problem: str) -> typer.Exit:
+    """For an option that cannot be read."""
+    _err.print(f"[red]{problem}[/]", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+def _parse_scaled(option: str, text: str) -> tuple[str, float | None]:
+    """An id, and a scale if there is one."""
+    name, colon, scale = text.partition(":")
     try:
-        return lora_id, float(scale) if colon else None
+        return name, float(scale) if colon else None
     except ValueError:
-        _err.print(f"[red]--lora must be ID or ID:SCALE, for example ink:0.8, not {text!r}[/]")
-        raise typer.Exit(2) from None
+        raise _refused(f"{option} must be ID or ID:SCALE, for example ink:0.8, not {text!r}") from None
+
+
+def _parse_guide(option: str, text: str) -> tuple[str, float, bytes]:
+    """Id, scale and picture of a ControlNet or IP-Adapter."""
+    name, equals, path = text.partition("=")
+    if not equals:
+        raise _refused(f"{option} must be ID=FILE or ID:SCALE=FILE, not {text!r}")
+    guide_id, scale = _parse_scaled(option, name)
+    return guide_id, 1.0 if scale is None else scale, _read_picture(option, Path(path))
+
+
+def _read_picture(option: str, path: Path | None) -> bytes:
+    if path is None:
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _refused(f"{option}: {path} cannot be read: {error.strerror}") from None
 
 
 def _parse_size(text: str) -> tuple[int, int] | tuple[None, None]:
@@ -356,8 +415,7 @@ def _parse_size(text: str) -> tuple[int, int] | tuple[None, None]:
         return None, None
     width, x, height = text.lower().partition("x")
     if not (x and width.isdecimal() and height.isdecimal()):
-        _err.print(f"[red]--size must be WIDTHxHEIGHT, for example 64x64, not {text!r}[/]")
-        raise typer.Exit(2)
+        raise _refused(f"--size must be WIDTHxHEIGHT, for example 64x64, not {text!r}")
     return min(int(width), 1 << 30), min(int(height), 1 << 30)
 
 

@@ -248,6 +248,16 @@ _ROWS = (
 FAMILIES: Mapping[str, Family] = {row.pipeline: row for row in _ROWS}
 """Rows by pipeline class name."""
 
+CONTROLNETS: Mapping[str, tuple[str, ...]] = {
+    "ControlNetModel": ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    "FluxControlNetModel": ("FluxPipeline",),
+    "QwenImageControlNetModel": ("QwenImagePipeline",),
+}
+"""Classes of ControlNets, each with the pipeline classes whose denoisers it leads."""
+
+IP_ADAPTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+"""Pipeline classes that take IP-Adapters."""
+
 REFINERS: Mapping[str, Family] = {
     row.pipeline: row
     for row in (

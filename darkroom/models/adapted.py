@@ -84,7 +84,7 @@ class AdaptedNetwork:
     def adapt(self, modules: Iterable[str]) -> None:
         """Makes these layers look for additions from now on."""
         with self._making:
-            tree = self._tree or _tree_copied(self.network)
+            tree = self._tree or tree_copied(self.network)
             for name in modules:
                 layer = tree.get_submodule(name)
                 if not isinstance(layer.__dict__.get("forward"), AdaptedLayer):
@@ -111,7 +111,7 @@ class AdaptedNetwork:
         return self._tree if entry.method == "forward" else getattr(self._tree, entry.method)
 
 
-def _tree_copied(network: torch.nn.Module) -> torch.nn.Module:
+def tree_copied(network: torch.nn.Module) -> torch.nn.Module:
     """A copy of the modules over the same parameters and buffers.
 
     Module by module with pauses: in one go, a big network's copy would keep the interpreter from the engine's thread

@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 
 from darkroom.models.calls import call_arguments
+from darkroom.models.ip_adapters import WithScales
 from darkroom.models.journal import Journal, RangeDone
 from darkroom.models.loader import Part
 from darkroom.models.own import fresh_scheduler, own_copy
@@ -41,7 +42,10 @@ def denoise(
     generators = [torch.Generator().manual_seed(task.seed + i) for i in range(task.image_count)]
     journal.begin(pipeline.scheduler, generators, part.device, pipeline)
     for name in part.denoiser_names:
-        object.__setattr__(pipeline, name, journal.watch(getattr(pipeline, name), name))
+        network = journal.watch(getattr(pipeline, name), name)
+        if conditions.ip_prompts:
+            network = WithScales(network, part, [prompt.scale for prompt in conditions.ip_prompts])
+        object.__setattr__(pipeline, name, network)
     if conditions.controls:
         object.__setattr__(pipeline, "controlnet", control_network(part, conditions, journal))
     kind = type(shared)

@@ -81,7 +81,9 @@ class Remote(StandIn):
     ) -> None:
         """`network` lives on the meta device: it answers for config and class."""
         super().__init__(network)
-        self.__dict__.update(device=device, dtype=dtype)
+        first = torch.nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+        # pipelines that want its type or device look at its first parameter
+        self.__dict__.update(device=device, dtype=dtype, parameters=lambda **_: iter((first,)))
         for method in METHODS:
             if hasattr(network, method):
                 signature = inspect.signature(getattr(network, method))

@@ -48,8 +48,18 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IpPrompt:
+    """A picture as a prompt, for one of the IP-Adapters of the part that draws."""
+
+    picture: Image.Image
+    """RGB, of any size."""
+    scale: float = 1.0
+    """Factor of what it adds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """The pictures that a request starts from or is led by, all of the size that is drawn."""
+    """The pictures that a request starts from or is led by, all but prompts of the size that is drawn."""
 
     image: Image.Image | None = None
     """RGB."""
@@ -58,6 +68,8 @@ class Conditions:
     strength: float | None = None
     """Share of the steps that are done, from the image with as much noise; None means what the pipeline does."""
     controls: tuple[Control, ...] = ()
+    ip_prompts: tuple[IpPrompt, ...] = ()
+    """One for each of the part's IP-Adapters, in their order."""
 
 
 UNCONDITIONED = Conditions()
@@ -68,19 +80,24 @@ def read_conditions(files: ConditionFiles, nets: Sequence[ControlNet], *, width_
 
     Raises InvalidField naming the file that is no picture of this size.
     """
+    size = (width_px, height_px)
     return Conditions(
-        image=decode_picture("image", files.image, width_px, height_px, "RGB") if files.image else None,
-        mask=decode_picture("mask", files.mask, width_px, height_px, "L") if files.mask else None,
+        image=decode_picture("image", files.image, size, "RGB") if files.image else None,
+        mask=decode_picture("mask", files.mask, size, "L") if files.mask else None,
         strength=files.strength,
         controls=tuple(
             Control(
                 net=net,
-                picture=decode_picture(f"controls[{position}].image", use.image, width_px, height_px, "RGB"),
+                picture=decode_picture(f"controls[{position}].image", use.image, size, "RGB"),
                 scale=use.scale,
                 start=use.start,
                 end=use.end,
             )
             for position, (use, net) in enumerate(zip(files.controls, nets, strict=True))
+        ),
+        ip_prompts=tuple(
+            IpPrompt(picture=decode_picture(f"ip_adapters[{position}].image", use.image, None, "RGB"), scale=use.scale)
+            for position, use in enumerate(files.ip_adapters)
         ),
     )
 
@@ -158,6 +175,8 @@ def condition_arguments(kind: type, conditions: Conditions, image_count: int) ->
             "control_guidance_start": _one_or_all([control.start for control in conditions.controls]),
             "control_guidance_end": _one_or_all([control.end for control in conditions.controls]),
         }
+    if conditions.ip_prompts:
+        arguments["ip_adapter_image"] = _one_or_all([prompt.picture for prompt in conditions.ip_prompts])
     return arguments
 
 
@@ -206,6 +225,8 @@ def check_conditions(part: Part, conditions: Conditions, step_count: int) -> Non
     if conditions.mask is None and part.denoiser_config.get("in_channels", 0) > _channels(part):
         raise InvalidField("mask", "is missing: this model draws only inside one")
     kind = _variant_class(part, conditions)
+    if conditions.ip_prompts and "ip_adapter_image" not in _parameters(kind.__call__):
+        raise InvalidField("ip_adapters", f"cannot be used with the other conditions: {kind.__name__} takes none")
     if conditions.image is None:
         return
     strength = conditions.strength

@@ -37,6 +37,7 @@ from tests.models.variant_runs import (
     plain_latents,
     requested,
 )
+from tests.tiny.ip_adapters import IP_ADAPTERS, save_ip_adapter
 from tests.tiny.variants import save_variants
 from tests.tiny_models import save_tiny_model
 
@@ -52,6 +53,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model_id in MODELS:
         save_tiny_model(root, model_id)
     save_variants(root)
+    for adapter_id in IP_ADAPTERS:
+        save_ip_adapter(root, adapter_id)
     return root
 
 
@@ -78,7 +81,7 @@ def test_a_variant_draws_what_plain_diffusers_draws(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str
 ) -> None:
     case = CASES[name]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     asked = [requested(store, case, wanted, executor, part) for wanted in REQUESTS]
     conditions = [case.conditions(store, wanted.seed) for wanted in REQUESTS]
     expected = [plain_latents(store, case, wanted, part) for wanted in REQUESTS]
@@ -107,7 +110,7 @@ def test_several_images_are_rows_with_noise_of_their_own(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str
 ) -> None:
     case, wanted = CASES[name], REQUESTS[0]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     task, embeddings = requested(store, case, wanted, executor, part)
     condition = case.conditions(store, wanted.seed)
     program = partial(
@@ -145,6 +148,8 @@ RESUMED = [
     ("flux inpaint control", "flow_euler"),
     ("qwen control", "flow_euler"),
     ("z inpaint", "flow_euler"),
+    ("sd 2 ip", "dpmpp_2m"),
+    ("flux ip", "flow_euler"),
 ]
 
 
@@ -153,7 +158,7 @@ def test_a_variant_stopped_after_any_step_goes_on_bit_for_bit(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str, solver: str
 ) -> None:
     case, wanted = CASES[name], REQUESTS[0]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     task, embeddings = requested(store, case, wanted, executor, part)
     asked, conditions = (replace(task, scheduler=solver), embeddings), case.conditions(store, wanted.seed)
     snapshots: dict[int, Any] = {}
@@ -175,7 +180,7 @@ def test_the_pipeline_says_how_many_steps_are_left_of_its_solver(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str
 ) -> None:
     case, wanted = CASES[name], REQUESTS[1]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     task, embeddings = requested(store, case, wanted, executor, part)
     conditions = case.conditions(store, wanted.seed)
     for solver in FLOW_SCHEDULERS if name.startswith("sd3") else DIFFUSION_SCHEDULERS:
@@ -257,7 +262,7 @@ def test_a_controlnet_elsewhere_leads_like_one_that_is_here(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str
 ) -> None:
     case, wanted = CASES[name], REQUESTS[0]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     asked = requested(store, case, wanted, executor, part)
     here = run(executor, part, asked, case.conditions(store, 1), Journal(Ticket(alone=True)))
     assert "controlnet.controlnet.forward" not in elsewhere.calls
@@ -336,14 +341,14 @@ async def test_concurrent_loads_of_a_controlnet_are_one(store: Path) -> None:
     nets = ControlNets(store, CPU)
     told: list[Any] = []
 
-    async def on_loaded(ids: Any) -> None:
-        told.append(set(ids))
+    async def on_loaded(net: Any) -> None:
+        told.append(net.model_id)
 
     nets.on_loaded = on_loaded
     one, other = [nets.get(SD_NET) for _ in range(2)]
     assert await one is await other
     await nets.get("control-sdxl")
-    assert told == [{SD_NET}, {SD_NET, "control-sdxl"}]
+    assert told == [SD_NET, "control-sdxl"]
     assert [net.model_id for net in nets.loaded] == [SD_NET, "control-sdxl"]
 
 
