@@ -107,7 +107,7 @@ def variant(part: Part, conditions: Conditions) -> DiffusionPipeline:
 
     Raises InvalidField naming `image`, `mask` or `controls` when the model's family has no such pipeline.
     """
-    kind = _variant_class(part, conditions)
+    kind = variant_class(type(part.pipeline), conditions)
     if kind is type(part.pipeline):
         return part.pipeline
     made = part.variants.get(kind)
@@ -116,8 +116,9 @@ def variant(part: Part, conditions: Conditions) -> DiffusionPipeline:
     return made
 
 
-def _variant_class(part: Part, conditions: Conditions) -> type:
-    own, (whole, from_image, masked) = type(part.pipeline), _TABLES
+def variant_class(own: type, conditions: Conditions) -> type:
+    """The class that draws under these conditions what the pipeline class `own` draws without. Raises as `variant`."""
+    whole, from_image, masked = _TABLES
     if conditions.mask is not None:
         table, needed, field = masked, {"image", "mask_image"}, "mask"
     elif conditions.image is not None:
@@ -224,7 +225,7 @@ def check_conditions(part: Part, conditions: Conditions, step_count: int) -> Non
             raise InvalidField(f"controls[{position}]", f"({control.net.model_id}) {problem}")
     if conditions.mask is None and part.denoiser_config.get("in_channels", 0) > _channels(part):
         raise InvalidField("mask", "is missing: this model draws only inside one")
-    kind = _variant_class(part, conditions)
+    kind = variant_class(type(part.pipeline), conditions)
     if conditions.ip_prompts and "ip_adapter_image" not in _parameters(kind.__call__):
         raise InvalidField("ip_adapters", f"cannot be used with the other conditions: {kind.__name__} takes none")
     if conditions.image is None:
