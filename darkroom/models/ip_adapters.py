@@ -8,7 +8,7 @@ each row, so that requests with other scales share batches too.
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -260,7 +260,3 @@ class WithScales(StandIn):
         embeds = list(embeds) if kind.takes_several else [embeds]
         given[kind.key] = [*embeds, own["scales"].expand(len(embeds[0]), -1)]
         return own["network"](*args, **{**kwargs, kind.argument: given})
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: ARG002, FBT001, FBT002
-        """There is nothing to move."""
-        return self

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -88,10 +88,6 @@ class Remote(StandIn):
             if hasattr(network, method):
                 signature = inspect.signature(getattr(network, method))
                 self.__dict__[method] = partial(_call, signature, home, method, send, device)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: ARG002, FBT001, FBT002
-        """There is nothing to move."""
-        return self
 
 
 def _call(

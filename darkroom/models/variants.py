@@ -203,11 +203,6 @@ class Scaled(StandIn):
     are left to do it themselves.
     """
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # pipelines ask what kind of network they hold
-        """The network's own class."""
-        return self.__dict__["network"].__class__
-
     def forward(self, *args: Any, conditioning_scale: float = 1.0, **kwargs: Any) -> Any:
         """The network's answer."""
         network = self.__dict__["network"]
