@@ -12,12 +12,13 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from darkroom.models.dora import Factors, addition
 from darkroom.models.forwards import Adapter, Entry, Unmixable
 from darkroom.models.lora import Delta, Lora
 from darkroom.models.standins import RowLists
@@ -28,7 +29,18 @@ _CONVOLUTIONS: Mapping[type[torch.nn.Module], Callable[..., torch.Tensor]] = {
     torch.nn.Conv3d: F.conv3d,
 }
 _PAUSE_S = 0.0001
-_Scaled = tuple[tuple[Mapping[str, Delta], float], ...]
+_Addition = tuple[Delta, float, torch.Tensor | None]
+"""A product, its scaling, and the layer's factor if the LoRA has magnitudes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A LoRA at the scale of a request."""
+
+    lora: Lora
+    scale: float
+    factors: Factors = field(default_factory=dict, compare=False)
+    """Those of this scale; they follow from the other two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +49,12 @@ class Mix:
 
     network: AdaptedNetwork
     label: str
-    loras: tuple[tuple[Lora, float], ...]
+    loras: tuple[Scaled, ...]
 
     @property
     def company(self) -> Hashable:
         """None while calls with different LoRAs, and with none, can share a batch."""
         return None if self.network.is_mixable else self.loras
-
-    def scaled(self) -> _Scaled:
-        """The deltas of the network that the call is to, with the request's scales."""
-        return tuple((lora.networks[self.label], scale) for lora, scale in self.loras if self.label in lora.networks)
 
     def run(
         self, entry: Entry, rows: Sequence[tuple[Adapter | None, int]], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -55,7 +63,7 @@ class Mix:
         spans, start = [], 0
         for mix, count in rows:
             assert mix is None or isinstance(mix, Mix)
-            spans.append(_Span(start, start + count, mix.scaled() if mix else ()))
+            spans.append(_Span(start, start + count, mix.label, mix.loras) if mix else _Span(start, start + count))
             start += count
         return self.network.run(entry, spans, args, kwargs)
 
@@ -66,7 +74,17 @@ class _Span:
 
     start: int
     stop: int
-    loras: _Scaled
+    label: str = ""
+    """The network's name in the LoRAs."""
+    loras: tuple[Scaled, ...] = ()
+
+    def additions(self, module: str) -> list[_Addition]:
+        """What the LoRAs add to one layer, in their order."""
+        return [
+            (delta, delta.scaling(scaled.scale), scaled.factors.get(self.label, {}).get(module))
+            for scaled in self.loras
+            if (delta := scaled.lora.networks.get(self.label, {}).get(module)) is not None
+        ]
 
 
 class AdaptedNetwork:
@@ -127,11 +145,12 @@ def tree_copied(network: torch.nn.Module) -> torch.nn.Module:
 class AdaptedLayer:
     """Stands for the `forward` of a layer in the copy."""
 
-    __slots__ = ("_down", "_forward", "_name", "_network", "_up")
+    __slots__ = ("_down", "_forward", "_layer", "_name", "_network", "_up")
 
     def __init__(self, network: AdaptedNetwork, name: str, layer: torch.nn.Module) -> None:
         """`layer` is the copy's linear or convolutional layer of that name."""
         self._network, self._name, self._forward = network, name, layer.forward
+        self._layer: Any = layer
         self._down: Callable[..., torch.Tensor] = F.linear
         self._up: Callable[..., torch.Tensor] = F.linear
         if not isinstance(layer, torch.nn.Linear):
@@ -144,23 +163,23 @@ class AdaptedLayer:
         result: torch.Tensor = self._forward(x, *args, **kwargs)
         spans = self._network.spans
         if len(spans) == 1:
-            for delta, scaling in self._found(spans[0]):
-                result = result + (self._product(x, delta) * scaling).to(result.dtype)
+            for each in spans[0].additions(self._name):
+                result = result + self._added(x, result, each).to(result.dtype)
             return result
-        found = [(span, self._found(span)) for span in spans]
-        if any(deltas for _, deltas in found) and not len(x) == len(result) == spans[-1].stop:
+        found = [(span, span.additions(self._name)) for span in spans]
+        if any(additions for _, additions in found) and not len(x) == len(result) == spans[-1].stop:
             raise Unmixable(self._name)
-        for span, deltas in found:
-            for delta, scaling in deltas:
-                result[span.start : span.stop] += self._product(x[span.start : span.stop], delta) * scaling
+        for span, additions in found:
+            rows = slice(span.start, span.stop)
+            for each in additions:
+                result[rows] += self._added(x[rows], result[rows], each)
         return result
 
-    def _found(self, span: _Span) -> list[tuple[Delta, float]]:
-        return [
-            (delta, delta.scaling(scale))
-            for deltas, scale in span.loras
-            if (delta := deltas.get(self._name)) is not None
-        ]
-
-    def _product(self, x: torch.Tensor, delta: Delta) -> torch.Tensor:
-        return self._up(self._down(x.to(delta.down.dtype), delta.down), delta.up, delta.up_bias)
+    def _added(self, x: torch.Tensor, result: torch.Tensor, each: _Addition) -> torch.Tensor:
+        """What one LoRA adds to the layer's result so far."""
+        delta, scaling, factor = each
+        product = self._up(self._down(x.to(delta.down.dtype), delta.down), delta.up, delta.up_bias)
+        if factor is None:
+            assert delta.magnitude is None
+            return product * scaling
+        return addition(result, product, self._layer.bias, factor, scaling)

@@ -5,7 +5,6 @@ of one architecture share it.
 """
 
 import functools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ import torch
 from darkroom.errors import ModelNotFound, UnusableModel
 from darkroom.families import CONTROLNETS
 from darkroom.models.loader import LOADING_ERRORS, Part, load_network, meta_network, running_dtype
-from darkroom.models.lone import LoneNetwork, OnDemand
+from darkroom.models.lone import LoneNetwork, OnDemand, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
 
 _NAME, _STAGE = "controlnet", "controlnet"
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +116,9 @@ def load_controlnet(root: Path, controlnet_id: str, device: torch.device, *, sen
 
 def _class_name(folder: Path, controlnet_id: str) -> str:
     try:
-        with (folder / "config.json").open() as file:
-            config = json.loads(file.read(_MAX_CONFIG_BYTES + 1))
-    except (OSError, ValueError, RecursionError) as error:
+        name = read_config(folder).get("_class_name")
+    except (OSError, ValueError) as error:
         raise UnusableModel(controlnet_id, "its config.json cannot be read") from error
-    name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in KINDS:
         raise UnusableModel(controlnet_id, f"its class is none of {', '.join(KINDS)}")
     return str(name)

@@ -49,8 +49,7 @@ def denoise(
     if conditions.controls:
         object.__setattr__(pipeline, "controlnet", control_network(part, conditions, journal))
     kind = type(shared)
-    arguments = condition_arguments(kind, conditions, task.image_count)
-    arguments |= call_arguments(
+    arguments = call_arguments(
         part,
         embeddings,
         step_count=task.step_count,
@@ -60,7 +59,8 @@ def denoise(
         image_count=task.image_count,
         frame_count=task.frame_count,
         kind=kind,
-    )
+        has_image=conditions.image is not None,
+    ) | condition_arguments(kind, conditions, task.image_count)
     try:
         with calling_for(journal.ticket):
             latents: torch.Tensor = pipeline(

@@ -3,7 +3,6 @@
 Each lies in its adapter's folder of the model store, and is called by the adapter's id.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,13 @@ import transformers
 from diffusers.utils import BaseOutput
 
 from darkroom.errors import ModelNotFound, UnusableModel
-from darkroom.models.loader import LOADING_ERRORS, load_network, meta_network, running_dtype
-from darkroom.models.lone import LoneNetwork
+from darkroom.models.loader import LOADING_ERRORS, load_network, meta_network
+from darkroom.models.lone import LoneNetwork, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
 
 NAME = "image_encoder"
 _STAGE = "encoder"
-_MAX_CONFIG_BYTES = 1 << 20
 _KINDS = {"CLIPVisionModelWithProjection": "CLIPImageProcessor", "SiglipVisionModel": "SiglipImageProcessor"}
 """Classes of transformers, each with what makes pixels of pictures for it."""
 
@@ -63,10 +61,13 @@ def is_ip_adapter(folder: Path) -> bool:
     return (folder / NAME / "config.json").is_file() and not (folder / "model_index.json").exists()
 
 
-def load_image_encoder(root: Path, adapter_id: str, device: torch.device, *, send: Send | None = None) -> LoneNetwork:
+def load_image_encoder(
+    root: Path, adapter_id: str, device: torch.device, *, send: Send | None = None, dtype: torch.dtype = torch.float32
+) -> LoneNetwork:
     """Loads `<root>/<adapter_id>/image_encoder`: with its weights, or, given `send`, only what it takes to call it.
 
-    Raises ModelNotFound or UnusableModel.
+    `dtype`: what a caller elsewhere runs in, whatever the encoder does where it is held. Raises ModelNotFound or
+    UnusableModel.
     """
     start_s = time.monotonic()
     folder = root / adapter_id
@@ -76,7 +77,6 @@ def load_image_encoder(root: Path, adapter_id: str, device: torch.device, *, sen
         raise UnusableModel(adapter_id, "its image encoder lies outside its folder")
     try:
         kind = getattr(transformers, _class_name(folder / NAME))
-        dtype = running_dtype(folder / NAME, device)
         if send is None:
             network = ImageEncoder(load_network(kind, folder / NAME, device))
             face: torch.nn.Module = Batched(network, NAME)
@@ -97,12 +97,10 @@ def load_image_encoder(root: Path, adapter_id: str, device: torch.device, *, sen
 
 def _class_name(folder: Path) -> str:
     """Raises ValueError, or OSError, unless config.json names one of the classes."""
-    with (folder / "config.json").open() as file:
-        config = json.loads(file.read(_MAX_CONFIG_BYTES + 1))
-    name = config.get("architectures", [None])[0] if isinstance(config, dict) else None
-    if name not in _KINDS:
-        raise ValueError(f"class {name} is none of {', '.join(_KINDS)}")
-    return str(name)
+    names = read_config(folder).get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in _KINDS:
+        raise ValueError(f"class {names} is none of {', '.join(_KINDS)}")
+    return str(names[0])
 
 
 def load_pixel_maker(root: Path, adapter_id: str, encoder: ImageEncoder) -> Any:

@@ -7,6 +7,7 @@ each row, so that requests with other scales share batches too.
 """
 
 import copy
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 
 from darkroom.errors import InvalidField, ModelNotFound, UnusableModel
 from darkroom.models.adapted import tree_copied
 from darkroom.models.image_encoders import NAME as ENCODER
-from darkroom.models.image_encoders import load_image_encoder, load_pixel_maker
+from darkroom.models.image_encoders import ImageEncoder, load_image_encoder, load_pixel_maker
 from darkroom.models.loader import LOADING_ERRORS, Part, present
 from darkroom.models.lone import OnDemand
 from darkroom.models.lora_file import Refused, Tensors, Unfit, check_base, read_tensors, weights_file
@@ -93,11 +95,15 @@ def with_ip_adapters(part: Part, root: Path, adapter_ids: Sequence[str], send: S
         raise InvalidField("ip_adapters", f"cannot be used with this model, a {part.family.pipeline}")
     if len(adapter_ids) > 1 and not kind.takes_several:
         raise InvalidField("ip_adapters", f"must be one at most with this model, not {len(adapter_ids)}")
+    for position, adapter_id in enumerate(adapter_ids):
+        if (first := adapter_ids.index(adapter_id)) < position:
+            raise InvalidField(f"ip_adapters[{position}].ip_adapter_id", f"repeats ip_adapters[{first}]")
     states = [_read(part, root, position, adapter_id) for position, adapter_id in enumerate(adapter_ids)]
     _check_encoders(root, adapter_ids)
-    encoder = load_image_encoder(root, adapter_ids[0], part.device, send=send)
+    encoder = load_image_encoder(root, adapter_ids[0], part.device, send=send, dtype=part.denoiser.dtype)
     name = part.denoiser_names[0]
     tree = _adapted(part.networks[name], kind, states)
+    _check_projections(getattr(tree, kind.projection).projection, encoder.network, adapter_ids)
     pipeline = copy.copy(part.pipeline)
     components = {
         name: present(name, tree, part.family),
@@ -136,28 +142,52 @@ def _sorted(tensors: Tensors) -> dict[str, Tensors]:
         state[_PREFIXES[first]][rest.replace("processor.", "")] = tensor
     if not state["image_proj"] or not state["ip_adapter"]:
         raise Refused("is no IP-Adapter: it lacks image_proj or ip_adapter tensors")
-    if (
-        any("lora" in name for name in state["ip_adapter"])
-        or "perceiver_resampler.proj_in.weight" in state["image_proj"]
-    ):
+    words = state["image_proj"]
+    is_of_faces = "perceiver_resampler.proj_in.weight" in words or {"proj.0.weight", "norm.weight"} <= words.keys()
+    if is_of_faces or any("lora" in name for name in state["ip_adapter"]):
         raise Refused("is a FaceID adapter, which reads embeddings of faces and not pictures")
     return state
 
 
 def _check_encoders(root: Path, adapter_ids: Sequence[str]) -> None:
     """Pipelines have one image encoder. Raises InvalidField unless all adapters have the same one."""
-    first = _digests(root / adapter_ids[0] / ENCODER) if len(adapter_ids) > 1 else None
-    for position, adapter_id in enumerate(adapter_ids[1:], start=1):
-        if _digests(root / adapter_id / ENCODER) != first:
-            raise InvalidField(f"ip_adapters[{position}]", f"({adapter_id}) has another image encoder than the first")
+    folders = [(root / adapter_id / ENCODER).resolve() for adapter_id in adapter_ids]
+    for position, folder in enumerate(folders):
+        if folder != folders[0] and _digests(folder) != _digests(folders[0]):
+            problem = f"({adapter_ids[position]}) has another image encoder than the first"
+            raise InvalidField(f"ip_adapters[{position}]", problem)
 
 
 def _digests(folder: Path) -> list[bytes]:
-    digests = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "blake2b").digest())
-    return digests
+    """Of weights and configs."""
+    files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.json")))
+    return [_digest(path, path.stat().st_mtime_ns) for path in files]
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, _changed_ns: int) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
+
+
+def _check_projections(projection: Any, encoder: ImageEncoder, adapter_ids: Sequence[str]) -> None:
+    """Raises UnusableModel unless each adapter takes what its image encoder, on the meta device, gives."""
+    several = isinstance(projection, MultiIPAdapterImageProjection)
+    first = next(projection.parameters())
+    size_px = encoder.network.config.image_size
+    pixels = torch.empty(1, 3, size_px, size_px, device="meta", dtype=encoder.dtype)
+    for adapter_id, layer in zip(
+        adapter_ids, projection.image_projection_layers if several else [projection], strict=True
+    ):
+        try:
+            features = encoder(pixels, output_hidden_states=not isinstance(layer, ImageProjection))
+            found = features.image_embeds if features.hidden_states is None else features.hidden_states[-2]
+            timestep = [] if several else [torch.zeros(1, device=first.device)]
+            layer(torch.zeros(found.shape, device=first.device, dtype=first.dtype), *timestep)
+        except torch.OutOfMemoryError:
+            raise
+        except LOADING_ERRORS as error:
+            raise UnusableModel(adapter_id, "it does not fit its own image encoder") from error
 
 
 def _adapted(network: torch.nn.Module, kind: _Kind, states: list[dict[str, Tensors]]) -> Any:
@@ -167,6 +197,8 @@ def _adapted(network: torch.nn.Module, kind: _Kind, states: list[dict[str, Tenso
     tree.__dict__["to"] = lambda *_, **__: tree  # diffusers would cast parameters that others are running on
     try:
         tree._load_ip_adapter_weights(states if kind.takes_several else states[0], low_cpu_mem_usage=False)  # noqa: SLF001 - the only way
+    except torch.OutOfMemoryError:
+        raise
     except (*LOADING_ERRORS, IndexError, AssertionError) as error:
         raise InvalidField("ip_adapters", f"do not fit this model: {str(error)[:200]}") from error
     finally:

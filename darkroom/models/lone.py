@@ -4,17 +4,21 @@ ControlNets are such, and the image encoders of IP-Adapters. Requests with diffe
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import structlog
 import torch
 
+from darkroom.errors import InvalidRequest, NotFound
 from darkroom.models.loader import NetworkState, network_state
 
 _log = structlog.get_logger()
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,18 @@ class LoneNetwork:
     def network_states(self) -> list[NetworkState]:
         """How much of it is here."""
         return [network_state(self.name, self.network)]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in `config.json`. Raises OSError or ValueError."""
+    try:
+        with (folder / "config.json").open() as file:
+            config = json.loads(file.read(_MAX_CONFIG_BYTES + 1))
+    except RecursionError as error:
+        raise ValueError("config.json is nested too deeply") from error
+    if not isinstance(config, dict):
+        raise ValueError("config.json is no object")  # noqa: TRY004 - of the file, not of an argument
+    return config
 
 
 K = TypeVar("K", bound=Hashable)
@@ -89,7 +105,8 @@ class OnDemand(Generic[K, T]):
         except BaseException as error:
             if self._loads.get(key) is asyncio.current_task():
                 del self._loads[key]
-            _log.error("load_failed", model_id=key, problem=str(error), cause=repr(error.__cause__))
+            level = "info" if isinstance(error, InvalidRequest | NotFound) else "error"
+            getattr(_log, level)("load_failed", model_id=key, problem=str(error), cause=repr(error.__cause__))
             raise
         _log.info("loaded", model_id=key, load_s=round(time.monotonic() - start_s, 3))
         if self.on_loaded:

@@ -18,6 +18,8 @@ from darkroom.wire.conditions import MAX_FILE_BYTES
 
 MAX_PIXELS = 1 << 24
 """Of a picture that may have any size."""
+MAX_RATIO = 16
+"""Of its sides: image encoders' readers scale the shorter one up to their own."""
 _MAX_JPEG_SCANS = 64
 """Each scan of a progressive JPEG is a pass over the whole picture; cameras and programs write about ten."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -46,8 +48,8 @@ def decode_picture(field: str, data: bytes, size: tuple[int, int] | None, mode: 
     """The picture in a PNG, JPEG or WebP file, as RGB or, with `mode` L, in shades of grey.
 
     It is turned the way its EXIF orientation says. What is transparent shows white, in shades of grey black: of a mask
-    it is kept. `size`: width and height in pixels; None means any, up to MAX_PIXELS. Raises InvalidField, naming
-    `field`, unless the file holds one picture of exactly this size.
+    it is kept. `size`: width and height in pixels; None means any, up to MAX_PIXELS and MAX_RATIO. Raises InvalidField,
+    naming `field`, unless the file holds one picture of exactly this size.
     """
     try:
         picture = _decoded(data, size)
@@ -65,6 +67,8 @@ def _decoded(data: bytes, size: tuple[int, int] | None) -> Image.Image:
         raise _Unreadable(_wrong_size(found, size))
     if not 0 < found[0] * found[1] <= MAX_PIXELS:
         raise _Unreadable(f"must have 1 to {MAX_PIXELS} pixels, not {found[0]}x{found[1]}")
+    if size is None and max(found) > MAX_RATIO * min(found):
+        raise _Unreadable(f"must be at most {MAX_RATIO} times as long as wide, not {found[0]}x{found[1]}")
     if header.kind == "PNG":
         data = _bare_png(data)
     elif header.kind == "JPEG" and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:

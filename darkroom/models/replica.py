@@ -76,6 +76,7 @@ class StageReplica:
             lambda model_id: load_part(model_store, model_id, stage, self._device, send=self.send)
         )
         self._shared: list[OnDemand[Any, Any]] = []
+        self._announced: set[str] = set()
         self.share(self._parts)
         self._max_lora_bytes = max_lora_bytes
         self._running = self._finished = 0
@@ -103,9 +104,9 @@ class StageReplica:
         shared.on_loaded = self._announce
 
     async def _announce(self, added: LoneNetwork | Part) -> None:
+        self._announced.add(added.model_id)
         if self.on_loaded:
-            held = {part.model_id for shared in self._shared for part in shared.loaded}
-            await self.on_loaded(held | {added.model_id})
+            await self.on_loaded(set(self._announced))
 
     async def part(self, model_id: str) -> Part:
         """The stage's part of a model, loaded on first use; concurrent callers share one load.

@@ -30,6 +30,7 @@ from darkroom.wire.conditions import ConditionFiles
 
 _TABLES = (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING)
 _WITH_CONTROLS = "-controlnet"
+_BLACK_SIZE = (32, 32)  # black is black at any size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,10 @@ class Control:
 class IpPrompt:
     """A picture as a prompt, for one of the IP-Adapters of the part that draws."""
 
-    picture: Image.Image
-    """RGB, of any size."""
+    pixels: torch.Tensor
+    """[1, 3, H, W], as the image encoder takes them."""
+    black: torch.Tensor
+    """Of a black picture: what some pipelines take where there is no picture."""
     scale: float = 1.0
     """Factor of what it adds."""
 
@@ -75,12 +78,15 @@ class Conditions:
 UNCONDITIONED = Conditions()
 
 
-def read_conditions(files: ConditionFiles, nets: Sequence[ControlNet], *, width_px: int, height_px: int) -> Conditions:
+def read_conditions(
+    part: Part, files: ConditionFiles, nets: Sequence[ControlNet], *, width_px: int, height_px: int
+) -> Conditions:
     """The conditions of a request for this size, its files decoded; `nets` are those of its controls, in order.
 
-    Raises InvalidField naming the file that is no picture of this size.
+    `part` has the request's IP-Adapters. All that takes time is done here, on a thread beside the engine's. Raises
+    InvalidField naming the file that is no picture of this size.
     """
-    size = (width_px, height_px)
+    size, read = (width_px, height_px), getattr(part.pipeline, "feature_extractor", None)
     return Conditions(
         image=decode_picture("image", files.image, size, "RGB") if files.image else None,
         mask=decode_picture("mask", files.mask, size, "L") if files.mask else None,
@@ -96,10 +102,18 @@ def read_conditions(files: ConditionFiles, nets: Sequence[ControlNet], *, width_
             for position, (use, net) in enumerate(zip(files.controls, nets, strict=True))
         ),
         ip_prompts=tuple(
-            IpPrompt(picture=decode_picture(f"ip_adapters[{position}].image", use.image, None, "RGB"), scale=use.scale)
+            ip_prompt(read, decode_picture(f"ip_adapters[{position}].image", use.image, None, "RGB"), use.scale)
             for position, use in enumerate(files.ip_adapters)
         ),
     )
+
+
+def ip_prompt(read: Any, picture: Image.Image, scale: float) -> IpPrompt:
+    """The picture, RGB and of any size, as a prompt; `read` is the part's feature extractor."""
+    pixels, black = (
+        read(image, return_tensors="pt").pixel_values for image in (picture, Image.new("RGB", _BLACK_SIZE))
+    )
+    return IpPrompt(pixels=pixels, black=black, scale=scale)
 
 
 def variant(part: Part, conditions: Conditions) -> DiffusionPipeline:
@@ -177,7 +191,9 @@ def condition_arguments(kind: type, conditions: Conditions, image_count: int) ->
             "control_guidance_end": _one_or_all([control.end for control in conditions.controls]),
         }
     if conditions.ip_prompts:
-        arguments["ip_adapter_image"] = _one_or_all([prompt.picture for prompt in conditions.ip_prompts])
+        arguments["ip_adapter_image"] = _one_or_all([prompt.pixels for prompt in conditions.ip_prompts])
+        if "negative_ip_adapter_image" in accepted:  # as is the default, but for each adapter
+            arguments["negative_ip_adapter_image"] = [prompt.black for prompt in conditions.ip_prompts]
     return arguments
 
 

@@ -75,11 +75,8 @@ def read_model_store(root: Path) -> StoreListing:
         try:
             if path.joinpath("model_index.json").exists():
                 models.append(_read_model(root, path))
-            elif path.joinpath("config.json").exists():
-                adapters.append(_read_controlnet(root, path))
-            elif path.is_dir() and (weights := StoreFolder(root, path).weights()):
-                read = _read_ip_adapter if path.joinpath("image_encoder").exists() else _read_lora
-                adapters.append(read(root, path, weights))
+            elif path.is_dir() and (adapter := _read_adapter(root, path)):
+                adapters.append(adapter)
         except (Refused, InvalidField, OSError) as problem:
             refused[os.fsencode(path.name).decode(errors="replace")] = str(problem)
     model_ids = {entry.model_id for entry in models}
@@ -95,10 +92,19 @@ def read_model_store(root: Path) -> StoreListing:
     )
 
 
-def _read_controlnet(root: Path, path: Path) -> GuideEntry:
-    """Raises Refused, or InvalidField for a name that no request could have."""
+def _read_adapter(root: Path, path: Path) -> LoraEntry | GuideEntry | None:
+    """None for a folder that is none of them. Raises Refused, or InvalidField for a name that no request could have."""
     folder = StoreFolder(root, path)
-    name = folder.read_object("config.json").get("_class_name")
+    weights = folder.weights()
+    if weights and path.joinpath("image_encoder", "config.json").is_file():
+        return _read_ip_adapter(folder, path, weights)
+    class_name = (folder.find_object("config.json") or {}).get("_class_name")
+    if class_name is not None:
+        return _read_controlnet(folder, path, class_name)
+    return _read_lora(folder, path, weights) if weights else None
+
+
+def _read_controlnet(folder: StoreFolder, path: Path, name: object) -> GuideEntry:
     if not isinstance(name, str) or name not in CONTROLNETS:
         raise Refused(f"its config.json names a class that is none of {', '.join(CONTROLNETS)}")
     return GuideEntry(
@@ -110,11 +116,9 @@ def _read_controlnet(root: Path, path: Path) -> GuideEntry:
     )
 
 
-def _read_ip_adapter(root: Path, path: Path, weights: list[str]) -> GuideEntry:
-    """Raises Refused, or InvalidField for a name that no request could have."""
+def _read_ip_adapter(folder: StoreFolder, path: Path, weights: list[str]) -> GuideEntry:
     if len(weights) > 1:
         raise Refused(f"it has {len(weights)} safetensors files: an IP-Adapter has one, and an image_encoder")
-    folder = StoreFolder(root, path)
     settings = _read_adapter_settings(folder, {"base_model"})
     return GuideEntry(
         guide_id=_check_id(path.name, "ip_adapter_id"),
@@ -139,12 +143,10 @@ def _read_base_model(settings: Mapping[str, object]) -> str | None:
     return None if base_model is None else fields.check_model_id(base_model)
 
 
-def _read_lora(root: Path, path: Path, weights: list[str]) -> LoraEntry:
-    """Raises Refused, or InvalidField for a name that no request could have."""
+def _read_lora(folder: StoreFolder, path: Path, weights: list[str]) -> LoraEntry:
     lora_id = _check_id(path.name, "lora_id")
     if len(weights) > 1:
         raise Refused(f"it has {len(weights)} safetensors files: a LoRA has one, a model has a model_index.json")
-    folder = StoreFolder(root, path)
     settings = _read_adapter_settings(folder, {"base_model", "default_scale"})
     scale = settings.get("default_scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= fields.MAX_LORA_SCALE:

@@ -56,7 +56,7 @@ class StageConfig:
     max_batch_rows: int = 32
     """Rows of the largest batch. Past 16 a small UNet's step grows linearly on the CPUs measured."""
     lora_bytes: int = 2 << 30
-    """Bytes of the LoRAs of one model that are held at once."""
+    """Bytes of the LoRAs that are held at once for one model, or for one with certain IP-Adapters."""
     shelf_bytes: int = 256 << 20
     """Bytes of tensors held for other stages."""
     inline_limit_bytes: int = 1 << 20

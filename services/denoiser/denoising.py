@@ -100,11 +100,10 @@ class Denoising:
     async def _run(self, task: DenoiseTask, deadline_s: float, events: "asyncio.Queue[Step | None]") -> Denoised:
         async with self._replica.accepted():
             part = await self._replica.part(task.model_id)
-            adapter_ids = [use.adapter_id for use in task.conditions.ip_adapters]
-            part = await self._ip_adapters.adapted(part, adapter_ids)
+            checks.check_request(part, task)
+            part = await self._ip_adapters.adapted(part, [use.adapter_id for use in task.conditions.ip_adapters])
             raw = await self._source.bring_all(task.embeddings)
             embeddings = {name: to_torch(value) for name, value in raw.items()}
-            checks.check_request(part, task)
             checks.check_embeddings(part, task, embeddings)
             journal = _journal(task, part, deadline_s)
             loop, digest = asyncio.get_running_loop(), task.digest
@@ -151,7 +150,7 @@ class Denoising:
             check_conditions(part, UNCONDITIONED, task.step_count)
             return UNCONDITIONED
         nets = [await self._controlnets.get(use.controlnet_id) for use in asked.controls]
-        read = partial(read_conditions, asked, nets, width_px=task.width_px, height_px=task.height_px)
+        read = partial(read_conditions, part, asked, nets, width_px=task.width_px, height_px=task.height_px)
         conditions = await asyncio.to_thread(read)
         check_conditions(part, conditions, task.step_count)
         return conditions

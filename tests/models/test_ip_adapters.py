@@ -1,5 +1,6 @@
 """IP-Adapters beside other requests; that they draw what plain diffusers draws is among the tests of variants."""
 
+import io
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from darkroom.errors import InvalidField, ModelNotFound, UnusableModel
 from darkroom.models.adapters import Adapters
@@ -19,13 +22,13 @@ from darkroom.models.denoising import denoise
 from darkroom.models.executor import Executor
 from darkroom.models.ip_adapters import IpAdapters, with_ip_adapters
 from darkroom.models.journal import Journal
-from darkroom.models.loader import Part
+from darkroom.models.loader import Part, load_part
 from darkroom.models.program import Ticket
 from darkroom.models.remote import OutsideCall, Reply
-from darkroom.models.variants import UNCONDITIONED, Conditions, IpPrompt, check_conditions, read_conditions
+from darkroom.models.variants import UNCONDITIONED, Conditions, check_conditions, ip_prompt, read_conditions
 from darkroom.wire.conditions import ConditionFiles, IpAdapterUse
 from darkroom.wire.tasks import LoraUse
-from tests.models.oracle import NEGATIVE, SIZE_PX, held_up
+from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, held_up
 from tests.models.variant_runs import (
     CASES,
     REQUESTS,
@@ -36,7 +39,7 @@ from tests.models.variant_runs import (
     plain_latents,
     requested,
 )
-from tests.tiny.ip_adapters import WEIGHTS, save_ip_adapter
+from tests.tiny.ip_adapters import PICTURE_PX, WEIGHTS, save_ip_adapter
 from tests.tiny_loras import save_lora_for
 from tests.tiny_models import save_tiny_model
 
@@ -68,7 +71,8 @@ def elsewhere(store: Path) -> Iterator[Elsewhere]:
 
 
 def prompted(scale: float, seed: int = 21) -> Conditions:
-    return Conditions(ip_prompts=(IpPrompt(picture=picture(seed), scale=scale),))
+    read = CLIPImageProcessor(size=PICTURE_PX, crop_size=PICTURE_PX)
+    return Conditions(ip_prompts=(ip_prompt(read, picture(seed), scale),))
 
 
 def error(found: torch.Tensor, right: torch.Tensor) -> float:
@@ -136,16 +140,21 @@ async def test_a_request_may_have_a_lora_too(store: Path, executor: Executor, el
     assert error(found, without_lora) > 1e-3
 
 
-async def test_parts_with_adapters_are_made_once_and_only_so_many_kept(store: Path, elsewhere: Elsewhere) -> None:
+async def test_parts_with_adapters_are_made_once_and_only_so_many_kept(
+    store: Path, elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, adapters = part_of(store, "tiny-sd", "denoiser", elsewhere.send), IpAdapters(store, elsewhere.send)
     assert await adapters.adapted(plain, []) is plain
     first = await adapters.adapted(plain, ["ip-sd"])
     assert await adapters.adapted(plain, ["ip-sd"]) is first
     assert set(first.networks["unet"].parameters()) > set(plain.networks["unet"].parameters())
-    for count in range(2, 11):
-        await adapters.adapted(plain, ["ip-sd"] * count)
-    assert len(adapters.loaded) == 8
+    monkeypatch.setattr(adapters, "_max_count", 2)
+    for other in (["ip-sd-plus"], ["ip-sd", "ip-sd-plus"]):
+        await adapters.adapted(plain, other)
+    assert len(adapters.loaded) == 2
     assert await adapters.adapted(plain, ["ip-sd"]) is not first
+    with pytest.raises(InvalidField, match=r"ip_adapters\[1\].ip_adapter_id repeats ip_adapters\[0\]"):
+        await adapters.adapted(plain, ["ip-sd"] * 2)
 
 
 def changed(store: Path, root: Path, change: Any) -> Path:
@@ -181,6 +190,7 @@ def renamed(old: str, new: str) -> Any:
         (renamed("ip_adapter.", "other."), UnusableModel, "no part of an IP-Adapter"),
         (renamed("image_proj.", "ip_adapter."), UnusableModel, "lacks image_proj"),
         (renamed("to_k_ip", "to_k_lora.down"), UnusableModel, "FaceID"),
+        (renamed("image_proj.proj.", "image_proj.proj.0."), UnusableModel, "FaceID"),
         (renamed("1.to_k_ip", "2.to_k_ip"), InvalidField, "do not fit this model"),
         (lambda folder: (folder / "darkroom.json").write_text('{"base_model": "other"}'), InvalidField, "other"),
     ],
@@ -216,8 +226,46 @@ def test_models_and_variants_that_take_no_adapter_say_so(store: Path, elsewhere:
         check_conditions(qwen, prompted(1.0), 5)
 
 
-def test_a_prompt_picture_may_have_any_size_but_must_be_one(store: Path) -> None:
-    del store
-    use = IpAdapterUse(adapter_id="ip-sd", image=b"nothing", scale=1.0)
-    with pytest.raises(InvalidField, match=r"ip_adapters\[0\].image must be a PNG"):
-        read_conditions(ConditionFiles(ip_adapters=(use,)), (), width_px=SIZE_PX, height_px=SIZE_PX)
+def test_a_prompt_picture_may_have_any_size_but_must_be_one(store: Path, elsewhere: Elsewhere) -> None:
+    part = with_ip_adapters(part_of(store, "tiny-sd", "denoiser"), store, ["ip-sd"], elsewhere.send)
+
+    def read(picture: Image.Image | None) -> Conditions:
+        data = io.BytesIO(b"nothing")
+        if picture:
+            picture.save(data, format="PNG")
+        use = IpAdapterUse(adapter_id="ip-sd", image=data.getvalue(), scale=1.0)
+        return read_conditions(part, ConditionFiles(ip_adapters=(use,)), (), width_px=SIZE_PX, height_px=SIZE_PX)
+
+    for size in ((7, 90), (800, 600)):
+        assert read(Image.new("RGB", size)).ip_prompts[0].pixels.shape == (1, 3, PICTURE_PX, PICTURE_PX)
+    thin, huge = Image.new("L", (4000, 1)), Image.new("1", (5000, 5000))
+    for bad, problem in ((None, "a PNG"), (thin, "16 times"), (huge, "pixels")):
+        with pytest.raises(InvalidField, match=rf"ip_adapters\[0\].image must .*{problem}"):
+            read(bad)
+
+
+def test_an_adapter_of_another_image_encoder_is_refused_at_once(store: Path, tmp_path: Path) -> None:
+    def other_width(folder: Path) -> None:
+        shutil.rmtree(folder / "image_encoder")
+        config = CLIPVisionConfig(
+            hidden_size=24, intermediate_size=8, projection_dim=16, num_hidden_layers=1, image_size=32, patch_size=8
+        )
+        CLIPVisionModelWithProjection(config).save_pretrained(folder / "image_encoder")
+
+    root = changed(store, tmp_path, other_width)
+    with pytest.raises(UnusableModel, match="does not fit its own image encoder"):
+        with_ip_adapters(part_of(store, "tiny-sd", "denoiser"), root, ["bad"], Nowhere().send)
+
+
+@pytest.mark.parametrize(("adapter_id", "case"), [("ip-sd-plus", "sd ip plus"), ("ip-sd3", "sd3 ip")])
+def test_the_image_encoder_may_be_of_another_type_than_the_denoiser(
+    store: Path, executor: Executor, elsewhere: Elsewhere, adapter_id: str, case: str
+) -> None:
+    plain = load_part(store, CASES[case].model_id, "denoiser", CPU, send=elsewhere.send)
+    task, embeddings = requested(store, CASES[case], WANTED, executor, plain)
+    plain.networks[plain.denoiser_names[0]].to(torch.bfloat16)
+    plain.denoiser.__dict__["dtype"] = torch.bfloat16
+    part = with_ip_adapters(plain, store, [adapter_id], elsewhere.send)
+    conditions = CASES[case].conditions(store, 1)
+    found = executor.submit(partial(denoise, part, task, embeddings, Journal(Ticket()), conditions=conditions))
+    assert found[0].result(60).isfinite().all()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from darkroom.errors import InvalidCall, NetworkNotHeld, StageUnavailable
+from darkroom.models.denoising import denoise
 from darkroom.models.executor import Executor
 from darkroom.models.journal import Journal
 from darkroom.models.loader import load_part
@@ -20,7 +21,7 @@ from darkroom.models.program import Ticket
 from darkroom.models.remote import OutsideCall, Reply, calling_for
 from darkroom.models.variants import UNCONDITIONED
 from tests.models.oracle import CPU, Wanted, held_up
-from tests.models.variant_runs import Case, Elsewhere, denoise_variant, part_of, requested
+from tests.models.variant_runs import Case, Elsewhere, part_of, requested
 
 WANTED = Wanted("a red circle", 1, 5, 4.0)
 CASE = Case(model_id="tiny-sd", plain="StableDiffusionImg2ImgPipeline", image=True, strength=0.6)
@@ -102,10 +103,10 @@ def test_other_requests_go_on_while_a_network_elsewhere_is_slow(
     held = Held()
     slow = load_part(tiny_store, "tiny-sd", "denoiser", CPU, send=held.send)
     task, embeddings = requested(tiny_store, CASE, WANTED, executor, slow)
-    program = partial(denoise_variant, slow, task, embeddings, Journal(Ticket()), CASE.conditions(tiny_store, 1))
+    program = partial(denoise, slow, task, embeddings, Journal(Ticket()), conditions=CASE.conditions(tiny_store, 1))
     waiting, _ = executor.submit(program)
     assert held.is_asked.wait(30)
-    other = partial(denoise_variant, slow, task, embeddings, Journal(Ticket()), UNCONDITIONED)
+    other = partial(denoise, slow, task, embeddings, Journal(Ticket()), conditions=UNCONDITIONED)
     assert executor.submit(other)[0].result(60).isfinite().all()
     assert not waiting.done()
     (call, future), *_ = held.asked

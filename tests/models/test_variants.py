@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from darkroom.errors import InvalidField, ModelNotFound, UnusableModel
 from darkroom.models import programs
 from darkroom.models.controlnets import ControlNets, load_controlnet
+from darkroom.models.denoising import denoise
 from darkroom.models.executor import Executor
 from darkroom.models.journal import Journal, Snapshot
 from darkroom.models.program import Ticket
@@ -26,11 +27,9 @@ from darkroom.wire.conditions import ConditionFiles, ControlUse
 from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, Wanted, decode_task, held_up
 from tests.models.variant_runs import (
     CASES,
-    LOOPS,
     REQUESTS,
     Case,
     Elsewhere,
-    denoise_variant,
     mask,
     part_of,
     picture,
@@ -92,7 +91,7 @@ def test_a_variant_draws_what_plain_diffusers_draws(
             for (task, embeddings), condition in zip(asked, conditions, strict=True):
                 check_conditions(part, condition, task.step_count)
                 ticket = Ticket(alone=alone)
-                program = partial(denoise_variant, part, task, embeddings, Journal(ticket), condition)
+                program = partial(denoise, part, task, embeddings, Journal(ticket), conditions=condition)
                 runs.append(executor.submit(program, ticket=ticket))
         return runs
 
@@ -114,21 +113,21 @@ def test_several_images_are_rows_with_noise_of_their_own(
     task, embeddings = requested(store, case, wanted, executor, part)
     condition = case.conditions(store, wanted.seed)
     program = partial(
-        denoise_variant, part, replace(task, image_count=2), embeddings, Journal(Ticket(alone=True)), condition
+        denoise, part, replace(task, image_count=2), embeddings, Journal(Ticket(alone=True)), conditions=condition
     )
     latents = executor.submit(program, alone=True)[0].result(60)
     assert torch.equal(latents, plain_latents(store, case, wanted, part, image_count=2))
     second = replace(wanted, seed=wanted.seed + 1)
     task, _ = requested(store, case, second, executor, part)
     single = executor.submit(
-        partial(denoise_variant, part, task, embeddings, Journal(Ticket(alone=True)), condition), alone=True
+        partial(denoise, part, task, embeddings, Journal(Ticket(alone=True)), conditions=condition), alone=True
     )[0].result(60)
     assert error(latents[1:], single) <= 1e-5
 
 
 def run(executor: Executor, part: Any, asked: tuple[Any, Any], conditions: Conditions, journal: Journal) -> Any:
     task, embeddings = asked
-    program = partial(denoise_variant, part, task, embeddings, journal, conditions)
+    program = partial(denoise, part, task, embeddings, journal, conditions=conditions)
     return executor.submit(program, ticket=journal.ticket)[0].result(60)
 
 
@@ -187,7 +186,7 @@ def test_the_pipeline_says_how_many_steps_are_left_of_its_solver(
         steps: list[int] = []
         journal = Journal(Ticket(), on_step=lambda done, steps=steps: steps.append(done.step))  # type: ignore[misc]
         run(executor, part, (replace(task, scheduler=solver), embeddings), conditions, journal)
-        assert LOOPS[-1]._num_timesteps == len(steps)
+        assert journal._loop._num_timesteps == len(steps)
 
 
 @pytest.mark.parametrize("solver", ["euler", "ddim", "dpmpp_2m", "unipc"])
@@ -243,7 +242,7 @@ def test_calls_with_other_scales_of_a_controlnet_share_batches(store: Path) -> N
     with held_up(executor):
         for scale in (0.2, 0.9):
             conditions = replace(CASES["sd control"], scales=(scale,)).conditions(store, wanted.seed)
-            program = partial(denoise_variant, part, task, embeddings, Journal(Ticket()), conditions)
+            program = partial(denoise, part, task, embeddings, Journal(Ticket()), conditions=conditions)
             runs.append(executor.submit(program)[0])
         hook = conditions.controls[0].net.network.register_forward_pre_hook(
             lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["sample"])), with_kwargs=True
@@ -318,14 +317,15 @@ def test_conditions_are_read_from_files_and_a_bad_one_is_named(store: Path) -> N
 
     net = load_controlnet(store, SD_NET, CPU)
     use = ControlUse(controlnet_id=SD_NET, image=png("L"), scale=0.5, start=0.1, end=0.9)
+    part = part_of(store, "tiny-sd", "denoiser")
     good = ConditionFiles(image=png("RGBA"), mask=png("RGB"), strength=0.4, controls=(use,))
     read = partial(read_conditions, width_px=SIZE_PX, height_px=SIZE_PX)
-    found = read(good, [net])
+    found = read(part, good, [net])
     assert found.image is not None
     assert found.mask is not None
     assert (found.image.mode, found.mask.mode, found.strength) == ("RGB", "L", 0.4)
     assert [(c.net, c.picture.mode, c.scale, c.start, c.end) for c in found.controls] == [(net, "RGB", 0.5, 0.1, 0.9)]
-    assert read(ConditionFiles(), []) == Conditions()
+    assert read(part, ConditionFiles(), []) == Conditions()
     bad = {
         "image": replace(good, image=png("RGB", 16)),
         "mask": replace(good, mask=b"white"),
@@ -333,7 +333,7 @@ def test_conditions_are_read_from_files_and_a_bad_one_is_named(store: Path) -> N
     }
     for field, files in bad.items():
         with pytest.raises(InvalidField) as caught:
-            read(files, [net])
+            read(part, files, [net])
         assert caught.value.facts["field"] == field
 
 

@@ -1,6 +1,5 @@
 """Requests with images, masks and ControlNets: in the denoiser's program, and in plain diffusers."""
 
-import copy
 import inspect
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -16,23 +15,16 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from transformers import SiglipImageProcessor, SiglipVisionModel
 
-from darkroom.models.calls import call_arguments
 from darkroom.models.controlnets import load_controlnet
 from darkroom.models.executor import Executor
-from darkroom.models.image_encoders import load_image_encoder
-from darkroom.models.ip_adapters import WithScales, with_ip_adapters
-from darkroom.models.journal import Journal, RangeDone
+from darkroom.models.image_encoders import load_image_encoder, load_pixel_maker
+from darkroom.models.ip_adapters import with_ip_adapters
 from darkroom.models.loader import Part, load_part
 from darkroom.models.networks import call_network
-from darkroom.models.own import fresh_scheduler
-from darkroom.models.remote import OutsideCall, Reply, calling_for
-from darkroom.models.variants import Conditions, Control, IpPrompt, condition_arguments, control_network, variant
-from darkroom.wire.tasks import DenoiseTask
+from darkroom.models.remote import OutsideCall, Reply
+from darkroom.models.variants import Conditions, Control, ip_prompt
 from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, Wanted, denoise_task, encoded
 from tests.tiny.ip_adapters import IP_ADAPTERS, WEIGHTS
-
-LOOPS: list[Any] = []
-"""The pipeline objects of all runs so far."""
 
 
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (SIZE_PX, SIZE_PX)) -> Image.Image:
@@ -80,10 +72,14 @@ class Case:
                 for i, name in enumerate(self.controls)
             ),
             ip_prompts=tuple(
-                IpPrompt(picture=picture(seed + 20 + i, size=(40, 56)), scale=self.ip_scales[i])
-                for i in range(len(self.ip_adapters))
+                ip_prompt(_reader(store, name), prompt, self.ip_scales[i])
+                for i, (name, prompt) in enumerate(zip(self.ip_adapters, self.prompts(seed), strict=True))
             ),
         )
+
+    def prompts(self, seed: int) -> list[Image.Image]:
+        """The pictures for its IP-Adapters."""
+        return [picture(seed + 20 + i, size=(40, 56)) for i in range(len(self.ip_adapters))]
 
     def part(self, store: Path, send: Any = None) -> Part:
         """The denoiser's part; `send` calls networks of other stages."""
@@ -186,6 +182,14 @@ CASES = {
     "flux image ip": Case(
         model_id="tiny-flux", plain="FluxImg2ImgPipeline", image=True, strength=0.6, ip_adapters=("ip-flux",)
     ),
+    "flux 2 ip": Case(model_id="tiny-flux", plain="FluxPipeline", ip_adapters=("ip-flux", "ip-flux-other")),
+    "flux image 2 ip": Case(
+        model_id="tiny-flux",
+        plain="FluxImg2ImgPipeline",
+        image=True,
+        strength=0.6,
+        ip_adapters=("ip-flux", "ip-flux-other"),
+    ),
     "z image": Case(model_id="tiny-z-image", plain="ZImageImg2ImgPipeline", image=True, strength=0.6),
     "z inpaint": Case(model_id="tiny-z-image", plain="ZImageInpaintPipeline", image=True, mask=True, strength=0.6),
 }
@@ -195,6 +199,11 @@ REQUESTS = (Wanted("a red circle", 1, 5, 4.0), Wanted("a ring", 2, 6, 5.0), Want
 @cache
 def _controlnet(store: Path, name: str, send: Any) -> Any:
     return load_controlnet(store, name, CPU, send=send)
+
+
+@cache
+def _reader(store: Path, adapter_id: str) -> Any:
+    return load_pixel_maker(store, adapter_id, load_image_encoder(store, adapter_id, CPU).network)
 
 
 class Elsewhere:
@@ -248,6 +257,7 @@ def plain_latents(store: Path, case: Case, wanted: Wanted, part: Part, *, image_
         "output_type": "latent",
         "return_dict": False,
         **_plain_pictures(conditions, accepted, image_count),
+        **_plain_prompts(case.prompts(wanted.seed), accepted),
         **dict.fromkeys(("width", "height"), SIZE_PX),
     }
     return pipeline(**{name: value for name, value in given.items() if name in accepted})[0]
@@ -276,6 +286,16 @@ def load_plainly(pipeline: Any, store: Path, case: Case) -> None:
         pipeline.set_ip_adapter_scale(case.ip_scales[0])
 
 
+def _plain_prompts(pictures: list[Image.Image], accepted: Mapping[str, Any]) -> dict[str, Any]:
+    if not pictures:
+        return {}
+    given: dict[str, Any] = {"ip_adapter_image": pictures if len(pictures) > 1 else pictures[0]}
+    if len(pictures) > 1 and "negative_ip_adapter_image" in accepted:
+        # what Flux takes by default, but for each adapter: its image to image has it for one only
+        given["negative_ip_adapter_image"] = [np.zeros((SIZE_PX, SIZE_PX, 3), dtype=np.uint8)] * len(pictures)
+    return given
+
+
 def _plain_pictures(conditions: Conditions, accepted: Mapping[str, Any], count: int) -> dict[str, Any]:
     given: dict[str, Any] = {}
     if conditions.image:
@@ -291,9 +311,6 @@ def _plain_pictures(conditions: Conditions, accepted: Mapping[str, Any], count: 
         given["controlnet_conditioning_scale"] = [control.scale for control in controls]
         given["control_guidance_end"] = [control.end for control in controls]
         given["control_guidance_start"] = [control.start for control in controls]
-    if conditions.ip_prompts:
-        pictures = [prompt.picture for prompt in conditions.ip_prompts]
-        given["ip_adapter_image"] = pictures if len(pictures) > 1 else pictures[0]
     if len(controls) == 1:
         given |= {key: value[0] for key, value in given.items() if key.startswith("control") or key == name}
     return given
@@ -303,43 +320,3 @@ def requested(store: Path, case: Case, wanted: Wanted, executor: Executor, part:
     """Task and embeddings."""
     embeddings = encoded(executor, part_of(store, case.model_id, "encoder"), wanted)
     return denoise_task(part, wanted), embeddings
-
-
-def denoise_variant(
-    part: Part, task: DenoiseTask, embeddings: Mapping[str, torch.Tensor], journal: Journal, conditions: Conditions
-) -> torch.Tensor:
-    """The denoiser's program under conditions."""
-    shared = variant(part, conditions)
-    pipeline = copy.copy(shared)
-    LOOPS.append(pipeline)
-    pipeline.scheduler = fresh_scheduler(part.pipeline.scheduler, task.scheduler)
-    generators = [torch.Generator().manual_seed(task.seed + i) for i in range(task.image_count)]
-    journal.begin(pipeline.scheduler, generators, part.device)
-    for name in part.denoiser_names:
-        network = journal.watch(getattr(pipeline, name), name)
-        if conditions.ip_prompts:
-            network = WithScales(network, part, [prompt.scale for prompt in conditions.ip_prompts])
-        object.__setattr__(pipeline, name, network)
-    if conditions.controls:
-        object.__setattr__(pipeline, "controlnet", control_network(part, conditions, journal))
-    arguments = call_arguments(
-        part,
-        embeddings,
-        step_count=task.step_count,
-        guidance_scale=task.guidance_scale,
-        width_px=task.width_px,
-        height_px=task.height_px,
-        image_count=task.image_count,
-        kind=type(shared),
-    ) | condition_arguments(type(shared), conditions, task.image_count)
-    try:
-        with calling_for(journal.ticket):
-            latents: torch.Tensor = pipeline(
-                **arguments,
-                generator=generators[0] if task.image_count == 1 else generators,
-                output_type="latent",
-                return_dict=False,
-            )[0]
-    except RangeDone as done:
-        return done.latents
-    return latents

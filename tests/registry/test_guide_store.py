@@ -44,11 +44,19 @@ def test_controlnets_and_ip_adapters_are_listed_beside_models(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("class_name", "problem"),
-    [("UNet2DConditionModel", "none of ControlNetModel"), (7, "none of ControlNetModel"), (None, "none of")],
+    [("UNet2DConditionModel", "none of ControlNetModel"), (7, "none of ControlNetModel")],
 )
 def test_a_network_that_is_no_controlnet_is_refused(tmp_path: Path, class_name: object, problem: str) -> None:
     make_controlnet(tmp_path, class_name)
     assert problem in read_model_store(tmp_path).refused["edges"]
+
+
+def test_a_config_without_a_class_makes_no_controlnet(tmp_path: Path) -> None:
+    make_controlnet(tmp_path, None)
+    assert [lora.lora_id for lora in read_model_store(tmp_path).loras] == ["edges"]
+    make_ip_adapter(tmp_path)
+    write(tmp_path / "style" / "config.json", {"made_by": "somebody"})
+    assert [guide.guide_id for guide in read_model_store(tmp_path).guides] == ["style"]
 
 
 def test_an_ip_adapter_is_refused_with_its_reason(tmp_path: Path) -> None:

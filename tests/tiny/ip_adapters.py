@@ -139,6 +139,7 @@ IP_ADAPTERS: dict[str, tuple[str, Callable[[Any], Tensors], Callable[[], Any]]] 
     "ip-sd-plus": ("tiny-sd", plus_of_unet, _clip),
     "ip-sdxl": ("tiny-sdxl", of_unet, _clip),
     "ip-flux": ("tiny-flux", of_flux, _clip),
+    "ip-flux-other": ("tiny-flux", of_flux, _clip),
     "ip-sd3": ("tiny-sd3", of_sd3, _siglip),
 }
 """By id: the model it is for, its weights, its image encoder."""
