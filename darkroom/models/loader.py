@@ -170,6 +170,7 @@ def _assemble(
 ) -> tuple[DiffusionPipeline, dict[str, torch.nn.Module]]:
     components: dict[str, Any] = {}
     networks: dict[str, torch.nn.Module] = {}
+    away: dict[str, Any] = {}
     for name, entry in index.items():
         if not isinstance(entry, list):
             if not name.startswith("_"):
@@ -180,17 +181,22 @@ def _assemble(
             continue
         kind = _component_class(folder.name, name, *entry)
         if issubclass(kind, ModelMixin | PreTrainedModel):
-            home = Home(_stage_of(name, family), folder.name, name)
-            if home.stage == stage:
+            if _stage_of(name, family) == stage:
                 networks[name] = load_network(kind, folder / name, device)
                 components[name] = present(name, networks[name], family)
             else:
-                networks[name] = meta_network(kind, folder / name)
-                components[name] = _away(networks[name], home, device, send if stage == "denoiser" else None)
+                away[name] = kind
         elif issubclass(kind, SchedulerMixin) or stage == "encoder":
             components[name] = kind.from_pretrained(folder / name, local_files_only=True)
         else:
             components[name] = None
+    # absent networks run in the type of those here, as if the whole pipeline were loaded in it
+    dtype: Any = next((network.dtype for network in networks.values()), torch.float32)
+    for name, kind in away.items():
+        networks[name] = meta_network(kind, folder / name)
+        home = Home(_stage_of(name, family), folder.name, name)
+        sent = send if stage == "denoiser" else None
+        components[name] = _away(networks[name], home, sent, device=device, dtype=dtype)
     pipeline_class = getattr(diffusers, family.pipeline)
     accepted = inspect.signature(pipeline_class).parameters
     pipeline = pipeline_class(**{name: value for name, value in components.items() if name in accepted})
@@ -251,8 +257,9 @@ def meta_network(kind: Any, folder: Path) -> torch.nn.Module:
     return network
 
 
-def _away(network: torch.nn.Module, home: Home, device: torch.device, send: Send | None) -> torch.nn.Module:
-    dtype = next((p.dtype for p in network.parameters()), torch.float32)
+def _away(
+    network: torch.nn.Module, home: Home, send: Send | None, *, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
     if send is None:
         return Absent(network, device=device, dtype=dtype)
     return Remote(network, home, send, device=device, dtype=dtype)

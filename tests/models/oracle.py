@@ -95,8 +95,8 @@ def decode_task(part: Part) -> DecodeTask:
 class Plain:
     """The whole pipeline, as diffusers loads and runs it."""
 
-    def __init__(self, store: Path, model_id: str, part: Part) -> None:
-        self._pipeline = DiffusionPipeline.from_pretrained(store / model_id)
+    def __init__(self, store: Path, model_id: str, part: Part, *, dtype: torch.dtype = torch.float32) -> None:
+        self._pipeline = DiffusionPipeline.from_pretrained(store / model_id, dtype=dtype)
         self._pipeline.set_progress_bar_config(disable=True)
         self._family = part.family
 

@@ -22,13 +22,13 @@ from darkroom.models.denoising import denoise
 from darkroom.models.executor import Executor
 from darkroom.models.ip_adapters import IpAdapters, with_ip_adapters
 from darkroom.models.journal import Journal
-from darkroom.models.loader import Part, load_part
+from darkroom.models.loader import Part
 from darkroom.models.program import Ticket
 from darkroom.models.remote import OutsideCall, Reply
 from darkroom.models.variants import UNCONDITIONED, Conditions, check_conditions, ip_prompt, read_conditions
 from darkroom.wire.conditions import ConditionFiles, IpAdapterUse
 from darkroom.wire.tasks import LoraUse
-from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, held_up
+from tests.models.oracle import NEGATIVE, SIZE_PX, held_up
 from tests.models.variant_runs import (
     CASES,
     REQUESTS,
@@ -255,17 +255,3 @@ def test_an_adapter_of_another_image_encoder_is_refused_at_once(store: Path, tmp
     root = changed(store, tmp_path, other_width)
     with pytest.raises(UnusableModel, match="does not fit its own image encoder"):
         with_ip_adapters(part_of(store, "tiny-sd", "denoiser"), root, ["bad"], Nowhere().send)
-
-
-@pytest.mark.parametrize(("adapter_id", "case"), [("ip-sd-plus", "sd ip plus"), ("ip-sd3", "sd3 ip")])
-def test_the_image_encoder_may_be_of_another_type_than_the_denoiser(
-    store: Path, executor: Executor, elsewhere: Elsewhere, adapter_id: str, case: str
-) -> None:
-    plain = load_part(store, CASES[case].model_id, "denoiser", CPU, send=elsewhere.send)
-    task, embeddings = requested(store, CASES[case], WANTED, executor, plain)
-    plain.networks[plain.denoiser_names[0]].to(torch.bfloat16)
-    plain.denoiser.__dict__["dtype"] = torch.bfloat16
-    part = with_ip_adapters(plain, store, [adapter_id], elsewhere.send)
-    conditions = CASES[case].conditions(store, 1)
-    found = executor.submit(partial(denoise, part, task, embeddings, Journal(Ticket()), conditions=conditions))
-    assert found[0].result(60).isfinite().all()

@@ -231,10 +231,12 @@ def part_of(store: Path, model_id: str, stage: str, send: Any = None) -> Part:
     return load_part(store, model_id, stage, CPU, send=send)
 
 
-def plain_latents(store: Path, case: Case, wanted: Wanted, part: Part, *, image_count: int = 1) -> Any:
+def plain_latents(
+    store: Path, case: Case, wanted: Wanted, part: Part, *, image_count: int = 1, dtype: torch.dtype = torch.float32
+) -> Any:
     """The latents that diffusers makes, each image of a request with its own row and noise."""
     kind = getattr(diffusers, case.plain)
-    whole = DiffusionPipeline.from_pretrained(store / case.model_id)
+    whole = DiffusionPipeline.from_pretrained(store / case.model_id, dtype=dtype)
     parameters = inspect.signature(kind).parameters
     components = {name: value for name, value in {**whole.config, **whole.components}.items() if name in parameters}
     conditions = case.conditions(store, wanted.seed)
@@ -272,7 +274,7 @@ def load_plainly(pipeline: Any, store: Path, case: Case) -> None:
         encoder = {
             "image_encoder_pretrained_model_name_or_path": folders[0],
             "image_encoder_subfolder": "image_encoder",
-            "image_encoder_dtype": torch.float32,
+            "image_encoder_dtype": pipeline.dtype,
         }
     if several:
         pipeline.load_ip_adapter(folders, subfolder="", weight_name=[WEIGHTS] * len(folders), **encoder)
@@ -281,6 +283,7 @@ def load_plainly(pipeline: Any, store: Path, case: Case) -> None:
     else:
         folder = store / case.ip_adapters[0] / "image_encoder"
         network, reader = (kind.from_pretrained(folder) for kind in (SiglipVisionModel, SiglipImageProcessor))
+        network.to(pipeline.dtype)
         pipeline.register_modules(image_encoder=network, feature_extractor=reader)  # it looks for them on the internet
         pipeline.load_ip_adapter(folders[0], weight_name=WEIGHTS, subfolder="", **encoder)
         pipeline.set_ip_adapter_scale(case.ip_scales[0])
