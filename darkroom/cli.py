@@ -8,7 +8,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from darkroom import client as darkroom_client
+from darkroom.cli_options import UsageError, parse_scaled, parse_size, read_conditions
 from darkroom.errors import DarkroomError, InvalidRequest, NotFound
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
 from darkroom.runtime.processes import ChildFailed
 from darkroom.v1 import cachemgr_pb2
-from darkroom.wire.conditions import ConditionFiles, ControlUse, IpAdapterUse
 
 DEFAULT_ROUTER_PORT = 7600
 
@@ -54,14 +54,6 @@ def default_store() -> Path:
     """`models` here if there is one, else the one of the source tree that this package was installed from."""
     here = Path("models")
     return here if here.is_dir() else Path(__file__).resolve().parent.parent / "models"
-
-
-class UsageError(Exception):
-    """The command cannot be carried out as it was given; the message says why."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @app.command()
@@ -177,36 +169,27 @@ def run(  # noqa: PLR0917 - a command's options
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")] = False,
 ) -> None:
     """Draw a picture. Starts a cluster for the occasion if none is up."""
-    width, height = _parse_size(size)
-    drawing = darkroom_client.Drawing(
-        prompt=prompt,
-        model_id=model,
-        negative_prompt=negative,
-        width_px=width,
-        height_px=height,
-        step_count=steps,
-        guidance_scale=guidance,
-        seed=seed,
-        image_count=count,
-        scheduler=scheduler,
-        loras=tuple(_parse_scaled("--lora", text) for text in lora or ()),
-        conditions=ConditionFiles(
-            image=_read_picture("--image", image),
-            mask=_read_picture("--mask", mask),
-            strength=strength,
-            controls=tuple(
-                ControlUse(controlnet_id=guide_id, image=picture, scale=scale, start=0.0, end=1.0)
-                for guide_id, scale, picture in (_parse_guide("--control", text) for text in control or ())
+    with _told():
+        width, height = parse_size(size)
+        drawing = darkroom_client.Drawing(
+            prompt=prompt,
+            model_id=model,
+            negative_prompt=negative,
+            width_px=width,
+            height_px=height,
+            step_count=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            image_count=count,
+            scheduler=scheduler,
+            loras=tuple(parse_scaled("--lora", text) for text in lora or ()),
+            conditions=read_conditions(
+                image=image, mask=mask, strength=strength, controls=control or (), ip_adapters=ip_adapter or ()
             ),
-            ip_adapters=tuple(
-                IpAdapterUse(adapter_id=guide_id, image=picture, scale=scale)
-                for guide_id, scale, picture in (_parse_guide("--ip-adapter", text) for text in ip_adapter or ())
-            ),
-        ),
-        step_cache_threshold=step_cache,
-        frame_count=frames,
-        deterministic=deterministic,
-    )
+            step_cache_threshold=step_cache,
+            frame_count=frames,
+            deterministic=deterministic,
+        )
     store = model_store if model_store != Path() else default_store()
     _run(_draw(drawing, output, router, store, timeout_s=timeout, as_json=as_json))
 
@@ -377,48 +360,6 @@ def _cachemgr(address: str) -> str:
     return address or (known.cachemgr if known else "")
 
 
-def _refused(problem: str) -> typer.Exit:
-    """For an option that cannot be read."""
-    _err.print(f"[red]{problem}[/]", highlight=False, soft_wrap=True)
-    return typer.Exit(2)
-
-
-def _parse_scaled(option: str, text: str) -> tuple[str, float | None]:
-    """An id, and a scale if there is one."""
-    name, colon, scale = text.partition(":")
-    try:
-        return name, float(scale) if colon else None
-    except ValueError:
-        raise _refused(f"{option} must be ID or ID:SCALE, for example ink:0.8, not {text!r}") from None
-
-
-def _parse_guide(option: str, text: str) -> tuple[str, float, bytes]:
-    """Id, scale and picture of a ControlNet or IP-Adapter."""
-    name, equals, path = text.partition("=")
-    if not equals:
-        raise _refused(f"{option} must be ID=FILE or ID:SCALE=FILE, not {text!r}")
-    guide_id, scale = _parse_scaled(option, name)
-    return guide_id, 1.0 if scale is None else scale, _read_picture(option, Path(path))
-
-
-def _read_picture(option: str, path: Path | None) -> bytes:
-    if path is None:
-        return b""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _refused(f"{option}: {path} cannot be read: {error.strerror}") from None
-
-
-def _parse_size(text: str) -> tuple[int, int] | tuple[None, None]:
-    if not text:
-        return None, None
-    width, x, height = text.lower().partition("x")
-    if not (x and width.isdecimal() and height.isdecimal()):
-        raise _refused(f"--size must be WIDTHxHEIGHT, for example 64x64, not {text!r}")
-    return min(int(width), 1 << 30), min(int(height), 1 << 30)
-
-
 def _cluster_config(**options: Any) -> ClusterConfig:
     try:
         return ClusterConfig(**options)
@@ -428,14 +369,20 @@ def _cluster_config(**options: Any) -> ClusterConfig:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Runs a command; says what went wrong in one line, and exits with the code that fits."""
-    try:
+    with _told():
         asyncio.run(work)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Says what went wrong inside in one line, and exits with the code that fits."""
+    try:
+        yield
     except DarkroomError as error:
         _err.print(f"[red]{error.message}[/]  ({error.reason()})", highlight=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, InvalidRequest | NotFound) else 1) from error
     except UsageError as error:
-        _err.print(f"[red]{error}[/]")
+        _err.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(error.code) from error
     except (ChildFailed, TimeoutError, FileNotFoundError) as error:
         _err.print(f"[red]{str(error) or 'the cluster did not become ready in time'}[/]", highlight=False)
