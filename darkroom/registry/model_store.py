@@ -125,7 +125,7 @@ def _read_ip_adapter(folder: StoreFolder, path: Path, weights: list[str]) -> Gui
         role=IP_ADAPTER,
         pipelines=IP_ADAPTED,
         base_model=_read_base_model(settings),
-        size_bytes=folder.component_bytes("."),
+        size_bytes=folder.read_header(weights[0]).size_bytes + folder.component_bytes("image_encoder"),
     )
 
 

@@ -212,6 +212,10 @@ def test_adapters_of_one_request_have_the_same_image_encoder(store: Path, tmp_pa
     plain = part_of(store, "tiny-sd", "denoiser", elsewhere.send)
     with pytest.raises(InvalidField, match=r"ip_adapters\[1\] \(bad\) has another image encoder"):
         with_ip_adapters(plain, root, ["ip-sd", "bad"], elsewhere.send)
+    shutil.rmtree(root / "bad" / "image_encoder")
+    (root / "bad" / "image_encoder").symlink_to(root / "ip-sd" / "image_encoder")
+    part = with_ip_adapters(plain, root, ["bad", "ip-sd"], elsewhere.send)
+    assert part.networks["unet"] is not plain.networks["unet"]
 
 
 def test_models_and_variants_that_take_no_adapter_say_so(store: Path, elsewhere: Elsewhere) -> None:

@@ -34,6 +34,7 @@ def test_controlnets_and_ip_adapters_are_listed_beside_models(tmp_path: Path) ->
     edges, style = listing.guides
     families = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     sizes = [sum(file.stat().st_size for file in (tmp_path / name).rglob("*.*")) for name in ("edges", "style")]
+    sizes[1] -= (tmp_path / "style" / "darkroom.json").stat().st_size
     assert edges == GuideEntry(
         guide_id="edges", role=CONTROLNET, pipelines=families, base_model=None, size_bytes=sizes[0]
     )
@@ -57,6 +58,15 @@ def test_a_config_without_a_class_makes_no_controlnet(tmp_path: Path) -> None:
     make_ip_adapter(tmp_path)
     write(tmp_path / "style" / "config.json", {"made_by": "somebody"})
     assert [guide.guide_id for guide in read_model_store(tmp_path).guides] == ["style"]
+
+
+def test_ip_adapters_may_share_an_image_encoder_by_a_link(tmp_path: Path) -> None:
+    make_ip_adapter(tmp_path)
+    write(tmp_path / "other" / "ip_adapter.safetensors", WEIGHTS)
+    (tmp_path / "other" / "image_encoder").symlink_to(tmp_path / "style" / "image_encoder")
+    listing = read_model_store(tmp_path)
+    assert listing.refused == {}
+    assert [guide.size_bytes for guide in listing.guides] == [len(WEIGHTS) + 2] * 2
 
 
 def test_an_ip_adapter_is_refused_with_its_reason(tmp_path: Path) -> None:
