@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from darkroom import client as darkroom_client
-from darkroom.cli_options import UsageError, parse_scaled, parse_size, read_conditions
+from darkroom.cli_options import UsageError, default_store, parse_scaled, parse_size, read_conditions
 from darkroom.errors import DarkroomError, InvalidRequest, NotFound
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
 from darkroom.runtime.processes import ChildFailed
@@ -48,12 +48,6 @@ CachemgrAddress = Annotated[
         envvar="DARKROOM_CACHEMGR", help="Cache manager to ask, host:port. Default: the cluster of `darkroom up`."
     ),
 ]
-
-
-def default_store() -> Path:
-    """`models` here if there is one, else the one of the source tree that this package was installed from."""
-    here = Path("models")
-    return here if here.is_dir() else Path(__file__).resolve().parent.parent / "models"
 
 
 @app.command()

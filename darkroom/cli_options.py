@@ -16,6 +16,12 @@ class UsageError(Exception):
         self.code = code
 
 
+def default_store() -> Path:
+    """`models` here if there is one, else the one of the source tree that this package was installed from."""
+    here = Path("models")
+    return here if here.is_dir() else Path(__file__).resolve().parent.parent / "models"
+
+
 def parse_size(text: str) -> tuple[int, int] | tuple[None, None]:
     """Width and height in pixels. Raises UsageError."""
     if not text:
