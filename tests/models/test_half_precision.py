@@ -1,6 +1,5 @@
 """Networks in half precision, as on a GPU: what pipelines do to types is the same on a CPU, and exact there."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,13 +28,6 @@ def half(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every network runs in half precision, whatever it is stored in."""
     for module in (loader, controlnets):
         monkeypatch.setattr(module, "running_dtype", lambda *_: HALF)
-
-
-@pytest.fixture
-def executor() -> Iterator[Executor]:
-    executor = Executor(max_batch_rows=16)
-    yield executor
-    executor.close()
 
 
 @pytest.mark.parametrize("model_id", TINY_MODELS)

@@ -2,7 +2,6 @@
 
 import io
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from darkroom.errors import InvalidField, ModelNotFound, UnusableModel
+from darkroom.families import CONTROLNETS, IP_ADAPTED
+from darkroom.models import controlnets, ip_adapters
 from darkroom.models.adapters import Adapters
 from darkroom.models.denoising import denoise
 from darkroom.models.executor import Executor
@@ -56,18 +57,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def executor() -> Iterator[Executor]:
-    executor = Executor(max_batch_rows=16)
-    yield executor
-    executor.close()
-
-
-@pytest.fixture
-def elsewhere(store: Path) -> Iterator[Elsewhere]:
-    away = Elsewhere(store)
-    yield away
-    away.executor.close()
+def test_the_tables_that_need_no_torch_name_what_can_be_loaded() -> None:
+    assert set(ip_adapters._KINDS) == set(IP_ADAPTED)
+    assert set(controlnets.KINDS) == set(CONTROLNETS)
 
 
 def prompted(scale: float, seed: int = 21) -> Conditions:

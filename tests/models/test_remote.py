@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -29,17 +28,8 @@ PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def executor() -> Iterator[Executor]:
-    executor = Executor(max_batch_rows=16)
-    yield executor
-    executor.close()
-
-
-@pytest.fixture
-def elsewhere(tiny_store: Path) -> Iterator[Elsewhere]:
-    away = Elsewhere(tiny_store)
-    yield away
-    away.executor.close()
+def store(tiny_store: Path) -> Path:
+    return tiny_store
 
 
 class Held:

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -55,20 +54,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for adapter_id in IP_ADAPTERS:
         save_ip_adapter(root, adapter_id)
     return root
-
-
-@pytest.fixture
-def executor() -> Iterator[Executor]:
-    executor = Executor(max_batch_rows=16)
-    yield executor
-    executor.close()
-
-
-@pytest.fixture
-def elsewhere(store: Path) -> Iterator[Elsewhere]:
-    away = Elsewhere(store)
-    yield away
-    away.executor.close()
 
 
 def error(found: torch.Tensor, right: torch.Tensor) -> float:
