@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ from bench.stepbatch_store import EMBEDDINGS, NEGATIVE
 from bench.worker import Answer, Question, answer_lines, worker_flags
 from darkroom.models import executor
 from darkroom.models.controlnets import ControlNets
+from darkroom.models.ip_adapters import IpAdapters
+from darkroom.models.remote import OutsideCall, Reply
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw, to_torch
 from darkroom.runtime.channels import Channels
@@ -144,6 +147,10 @@ class PlainSide:
         return latents
 
 
+def _nowhere(stage: str, call: OutsideCall) -> "Future[Reply]":
+    raise AssertionError(f"{call.network} of stage {stage} is not asked for here")
+
+
 class ExecutorSide:
     """The denoiser as its service runs it, checks, events and checkpoints included: all but the RPC."""
 
@@ -178,7 +185,8 @@ class ExecutorSide:
             async with replica.adapted(part, [LoraUse(lora_id, 1.0) for lora_id in lora_ids(model_id)]):
                 pass  # they stay loaded
         source = TensorSource(Channels(), TensorShelf(limit_bytes=0, inline_limit_bytes=0), set)
-        return Denoising(replica, source, ControlNets(store, torch.device(config.device)))
+        controlnets = ControlNets(store, torch.device(config.device))
+        return Denoising(replica, source, controlnets, IpAdapters(store, _nowhere))
 
     def serve(self, requests: Sequence[Wanted], arrivals_s: Sequence[float]) -> Served:
         """As the executor's order has it."""

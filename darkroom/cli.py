@@ -8,7 +8,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,9 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from darkroom import client as darkroom_client
+from darkroom.cli_options import UsageError, default_store, parse_scaled, parse_size, read_conditions
 from darkroom.errors import DarkroomError, InvalidRequest, NotFound
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
 from darkroom.runtime.processes import ChildFailed
+from darkroom.v1 import cachemgr_pb2
 
 DEFAULT_ROUTER_PORT = 7600
 
@@ -46,20 +48,6 @@ CachemgrAddress = Annotated[
         envvar="DARKROOM_CACHEMGR", help="Cache manager to ask, host:port. Default: the cluster of `darkroom up`."
     ),
 ]
-
-
-def default_store() -> Path:
-    """`models` here if there is one, else the one of the source tree that this package was installed from."""
-    here = Path("models")
-    return here if here.is_dir() else Path(__file__).resolve().parent.parent / "models"
-
-
-class UsageError(Exception):
-    """The command cannot be carried out as it was given; the message says why."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @app.command()
@@ -154,6 +142,15 @@ def run(  # noqa: PLR0917 - a command's options
     negative: Annotated[str, typer.Option(help="What to keep away from.")] = "",
     scheduler: Annotated[str, typer.Option(help="`darkroom models` lists them.")] = "",
     lora: Annotated[list[str] | None, typer.Option(help="ID or ID:SCALE; may be given several times.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture to start from, of the size that is drawn.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Where to draw: white is drawn anew, black is kept.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of the steps done from --image, 0 to 1.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="A ControlNet and its picture, ID=FILE or ID:SCALE=FILE; several times.")
+    ] = None,
+    ip_adapter: Annotated[
+        list[str] | None, typer.Option(help="An IP-Adapter and its picture, ID=FILE or ID:SCALE=FILE; several times.")
+    ] = None,
     step_cache: Annotated[float, typer.Option(help="Threshold, 0 to 1; 0.2 halves the work, 0 is exact.")] = 0.0,
     frames: Annotated[int, typer.Option(help="Frames of a video. Default: the pipeline's.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds the request may take.")] = 300.0,
@@ -166,23 +163,27 @@ def run(  # noqa: PLR0917 - a command's options
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")] = False,
 ) -> None:
     """Draw a picture. Starts a cluster for the occasion if none is up."""
-    width, height = _parse_size(size)
-    drawing = darkroom_client.Drawing(
-        prompt=prompt,
-        model_id=model,
-        negative_prompt=negative,
-        width_px=width,
-        height_px=height,
-        step_count=steps,
-        guidance_scale=guidance,
-        seed=seed,
-        image_count=count,
-        scheduler=scheduler,
-        loras=tuple(_parse_lora(text) for text in lora or ()),
-        step_cache_threshold=step_cache,
-        frame_count=frames,
-        deterministic=deterministic,
-    )
+    with _told():
+        width, height = parse_size(size)
+        drawing = darkroom_client.Drawing(
+            prompt=prompt,
+            model_id=model,
+            negative_prompt=negative,
+            width_px=width,
+            height_px=height,
+            step_count=steps,
+            guidance_scale=guidance,
+            seed=seed,
+            image_count=count,
+            scheduler=scheduler,
+            loras=tuple(parse_scaled("--lora", text) for text in lora or ()),
+            conditions=read_conditions(
+                image=image, mask=mask, strength=strength, controls=control or (), ip_adapters=ip_adapter or ()
+            ),
+            step_cache_threshold=step_cache,
+            frame_count=frames,
+            deterministic=deterministic,
+        )
     store = model_store if model_store != Path() else default_store()
     _run(_draw(drawing, output, router, store, timeout_s=timeout, as_json=as_json))
 
@@ -321,6 +322,9 @@ async def _models(cachemgr: str, *, as_json: bool) -> None:
             for m in found
         ]
         rows += [{"lora_id": lora.lora_id, "base_model_id": lora.base_model_id} for lora in catalogue.loras]
+        rows += [
+            {f"{_role(guide)}_id": guide.guide_id, "pipelines": list(guide.pipelines)} for guide in catalogue.guides
+        ]
         print(json.dumps(rows))  # noqa: T201 - the answer
         return
     table = Table("model", "pipeline", "size", "default", "schedulers")
@@ -332,7 +336,15 @@ async def _models(cachemgr: str, *, as_json: bool) -> None:
     for lora in catalogue.loras:
         base = f"LoRA for {lora.base_model_id}" if lora.base_model_id else "LoRA"
         table.add_row(lora.lora_id, base, f"{lora.size_bytes / 1e6:.1f} MB", f"scale {lora.default_scale:g}", "")
+    for guide in catalogue.guides:
+        name = {"controlnet": "ControlNet", "ip_adapter": "IP-Adapter"}.get(_role(guide), "guide")
+        base = guide.base_model_id or ", ".join(guide.pipelines)
+        table.add_row(guide.guide_id, f"{name} for {base}", f"{guide.size_bytes / 1e6:.1f} MB", "", "")
     _out.print(table)
+
+
+def _role(guide: cachemgr_pb2.GuideModel) -> str:
+    return str(cachemgr_pb2.GuideModel.Role.Name(guide.role)).removeprefix("ROLE_").lower()
 
 
 def _cachemgr(address: str) -> str:
@@ -340,25 +352,6 @@ def _cachemgr(address: str) -> str:
     if not address and known is None:
         raise UsageError("no cluster is up; `darkroom up` starts one, or name a cache manager with --cachemgr", 3)
     return address or (known.cachemgr if known else "")
-
-
-def _parse_lora(text: str) -> tuple[str, float | None]:
-    lora_id, colon, scale = text.partition(":")
-    try:
-        return lora_id, float(scale) if colon else None
-    except ValueError:
-        _err.print(f"[red]--lora must be ID or ID:SCALE, for example ink:0.8, not {text!r}[/]")
-        raise typer.Exit(2) from None
-
-
-def _parse_size(text: str) -> tuple[int, int] | tuple[None, None]:
-    if not text:
-        return None, None
-    width, x, height = text.lower().partition("x")
-    if not (x and width.isdecimal() and height.isdecimal()):
-        _err.print(f"[red]--size must be WIDTHxHEIGHT, for example 64x64, not {text!r}[/]")
-        raise typer.Exit(2)
-    return min(int(width), 1 << 30), min(int(height), 1 << 30)
 
 
 def _cluster_config(**options: Any) -> ClusterConfig:
@@ -370,14 +363,20 @@ def _cluster_config(**options: Any) -> ClusterConfig:
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Runs a command; says what went wrong in one line, and exits with the code that fits."""
-    try:
+    with _told():
         asyncio.run(work)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Says what went wrong inside in one line, and exits with the code that fits."""
+    try:
+        yield
     except DarkroomError as error:
         _err.print(f"[red]{error.message}[/]  ({error.reason()})", highlight=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, InvalidRequest | NotFound) else 1) from error
     except UsageError as error:
-        _err.print(f"[red]{error}[/]")
+        _err.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(error.code) from error
     except (ChildFailed, TimeoutError, FileNotFoundError) as error:
         _err.print(f"[red]{str(error) or 'the cluster did not become ready in time'}[/]", highlight=False)

@@ -55,6 +55,8 @@ class Family:
     """What the pipeline's masks are made of: `whole` or `real` numbers; empty means whatever arrives."""
     latents: str = "BCHW"
     """Dimensions of the latents: batch, channels, time, height, width; S is a sequence of patches."""
+    single_latents: bool = False
+    """Whether the loop insists on latents in single precision, whatever its networks run in."""
     latent_patch: int = 1
     """Side of a patch in the sequence S."""
     multiple_px: int = 8
@@ -187,6 +189,7 @@ _ROWS = (
     ),
     Family(
         pipeline="ZImagePipeline",
+        single_latents=True,
         encodings=(Encoding(returns=(PROMPT, NEGATIVE)),),
         widths=_both("cap_feat_dim", PROMPT),
         most_tokens=_both(512, PROMPT),
@@ -247,6 +250,16 @@ _ROWS = (
 
 FAMILIES: Mapping[str, Family] = {row.pipeline: row for row in _ROWS}
 """Rows by pipeline class name."""
+
+CONTROLNETS: Mapping[str, tuple[str, ...]] = {
+    "ControlNetModel": ("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
+    "FluxControlNetModel": ("FluxPipeline",),
+    "QwenImageControlNetModel": ("QwenImagePipeline",),
+}
+"""Classes of ControlNets, each with the pipeline classes whose denoisers it leads."""
+
+IP_ADAPTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline")
+"""Pipeline classes that take IP-Adapters."""
 
 REFINERS: Mapping[str, Family] = {
     row.pipeline: row

@@ -46,6 +46,21 @@ def diffusers_names(network: str, pairs: Pairs) -> dict[str, torch.Tensor]:
     }
 
 
+def magnitudes(network: torch.nn.Module, pairs: Pairs, *, seed: int) -> dict[str, torch.Tensor]:
+    """A length for every output channel, off that of its weights by up to a half, in PEFT's shapes."""
+    noise, lengths = torch.Generator().manual_seed(seed), {}
+    for name in pairs:
+        weight = network.get_parameter(f"{name}.weight").detach()
+        length = weight.flatten(1).norm(dim=1) * (0.5 + torch.rand(len(weight), generator=noise))
+        lengths[name] = length if weight.ndim == 2 else length.view(1, -1, *[1] * (weight.ndim - 2))
+    return lengths
+
+
+def dora_names(network: str, lengths: dict[str, torch.Tensor], *, end: str = "") -> dict[str, torch.Tensor]:
+    """As diffusers and PEFT save magnitudes; with another end, `.weight`, as transformers finds those of its models."""
+    return {f"{network}.{name}.lora_magnitude_vector{end}": length for name, length in lengths.items()}
+
+
 def kohya_names(network: str, pairs: Pairs, *, alpha: float) -> dict[str, torch.Tensor]:
     """As kohya's scripts save it: dots become underscores, and an alpha is kept beside the factors."""
     tensors: dict[str, torch.Tensor] = {}
@@ -88,9 +103,13 @@ def denoiser_of(pipeline: DiffusionPipeline) -> tuple[str, torch.nn.Module]:
     return name, getattr(pipeline, name)
 
 
-def save_lora_for(store: Path, lora_id: str, model: Path, *, seed: int, rank: int = 4, kohya: bool = False) -> Path:
+def save_lora_for(
+    store: Path, lora_id: str, model: Path, *, seed: int, rank: int = 4, kohya: bool = False, dora: bool = False
+) -> Path:
     """Writes a LoRA over many layers of a tiny model's denoiser. Returns its file."""
     name, network = denoiser_of(DiffusionPipeline.from_pretrained(model))
     pairs = factors(network, is_any, rank=rank, seed=seed)
     tensors = kohya_names(name, pairs, alpha=2.0) if kohya else diffusers_names(name, pairs)
+    if dora:
+        tensors |= dora_names(name, magnitudes(network, pairs, seed=seed))
     return save_lora(store, lora_id, tensors, base_model=model.name)

@@ -1,8 +1,8 @@
 """LoRAs of a loaded part: loaded on demand beside whatever runs, kept within bounds, each request with its own.
 
 All but the reading of files happens on the event loop. A request holds a `Combination` while it runs; what nobody holds
-goes when room is needed, least recently used first. Combinations cost nothing themselves: they share the LoRAs'
-weights, and a scale is a factor of the request.
+goes when room is needed, least recently used first. Combinations cost next to nothing themselves: they share the LoRAs'
+weights, and a scale is a factor of the request, or of each output channel if the LoRA has magnitudes.
 """
 
 import asyncio
@@ -18,10 +18,11 @@ from typing import Any, Self
 import torch
 
 from darkroom.errors import InvalidField, LoraNotFound, QueueFull, UnusableLora
-from darkroom.models.adapted import AdaptedNetwork, Mix
+from darkroom.models.adapted import AdaptedNetwork, Mix, Scaled
+from darkroom.models.dora import Factors, factors_of
 from darkroom.models.forwards import Adapter, carrying
 from darkroom.models.loader import Part
-from darkroom.models.lora import Lora, read_lora
+from darkroom.models.lora import KEPT_SCALES, Lora, read_lora
 from darkroom.models.lora_file import MAX_HEADER_BYTES, Refused, Unfit
 from darkroom.wire.tasks import LoraUse
 
@@ -35,6 +36,9 @@ class _Kept:
 
     task: asyncio.Task[Lora]
     holder_count: int = 0
+    computing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    factors: OrderedDict[float, Factors] = field(default_factory=OrderedDict)
+    """Of the scales asked for last, at most `KEPT_SCALES` of them; requests hold their own beyond that."""
 
     @property
     def size_bytes(self) -> int:
@@ -46,19 +50,19 @@ class _Kept:
 class Combination:
     """The LoRAs of one request, in order. Held while the request runs: a context manager."""
 
-    def __init__(self, part: Part, networks: Mapping[str, AdaptedNetwork], held: list[tuple[_Kept, float]]) -> None:
+    def __init__(self, part: Part, networks: Mapping[str, AdaptedNetwork], held: list[tuple[_Kept, Scaled]]) -> None:
         """Made by `Adapters.load` only; `held` is released once."""
         self._part, self._networks, self._held = part, networks, held
-        self._loras = tuple((kept.task.result(), scale) for kept, scale in held)
+        self._loras = tuple(scaled for _, scaled in held)
 
     @property
     def elsewhere(self) -> frozenset[str]:
         """Networks of other stages that these LoRAs change too: those stages need the LoRAs as well."""
-        return frozenset[str]().union(*(lora.elsewhere for lora, _ in self._loras))
+        return frozenset[str]().union(*(scaled.lora.elsewhere for scaled in self._loras))
 
     def stand_ins(self) -> dict[str, torch.nn.Module]:
         """By component name, what to put into the request's own pipeline in place of the part's stand-ins."""
-        names = sorted({name for lora, _ in self._loras for name in lora.networks})
+        names = sorted({name for scaled in self._loras for name in scaled.lora.networks})
         return {
             name: _carrying(getattr(self._part.pipeline, name), Mix(self._networks[name], name, self._loras))
             for name in names
@@ -108,12 +112,13 @@ class Adapters:
                 with _named(position, use.lora_id):
                     await asyncio.shield(kept.task)
             self._make_room()
+            scaled = [(kept, await self._scaled(kept, scale)) for kept, scale in held]
         except BaseException:
             for kept, _ in held:
                 kept.holder_count -= 1
             self._drop_unheld()
             raise
-        return Combination(self.part, self._networks, held)
+        return Combination(self.part, self._networks, scaled)
 
     def _hold(self, lora_id: str) -> _Kept:
         kept = self._kept.get(lora_id)
@@ -141,6 +146,19 @@ class Adapters:
             network = self._networks.setdefault(name, AdaptedNetwork(self.part.networks[name]))
             network.adapt(deltas)
         return lora
+
+    async def _scaled(self, kept: _Kept, scale: float) -> Scaled:
+        """The LoRA at this scale, with the factors that its magnitudes need; concurrent computations are one."""
+        lora = kept.task.result()
+        if not lora.has_magnitudes:
+            return Scaled(lora, scale)
+        async with kept.computing:
+            if scale not in kept.factors:
+                kept.factors[scale] = await asyncio.to_thread(factors_of, lora, self.part.networks, scale)
+            kept.factors.move_to_end(scale)
+            while len(kept.factors) > KEPT_SCALES:
+                kept.factors.popitem(last=False)
+            return Scaled(lora, scale, kept.factors[scale])
 
     def _make_room(self) -> None:
         """Raises QueueFull if there is no room even without what nobody holds."""

@@ -84,13 +84,15 @@ def call_arguments(
     image_count: int,
     frame_count: int = 0,
     kind: type | None = None,
+    has_image: bool = False,
 ) -> dict[str, Any]:
     """What the pipeline is called with, but for noise and output.
 
     Several images are asked for by as many rows of embeddings: pipelines that are asked for several images to a prompt
     do not all repeat embeddings that they are given. Embeddings are moved to the part's device, those of floating point
     to the denoiser's type. `frame_count` 0 means what the pipeline draws when nobody says. `kind`: the class that is
-    called, where that is a variant of the part's own; one that only goes on from an image starts from an empty one.
+    called, where that is a variant of the part's own; one that only goes on from an image starts from an empty one,
+    unless the request `has_image`.
     """
     accepted = _parameters((kind or type(part.pipeline)).__call__)
     dtype: torch.dtype = part.denoiser.dtype
@@ -106,7 +108,7 @@ def call_arguments(
     }
     if "width" in accepted:
         arguments |= {"width": width_px, "height": height_px}
-    elif kind in (None, type(part.pipeline)):
+    elif kind in (None, type(part.pipeline)) and not has_image:
         empty = torch.zeros(image_count, *latent_shape(part, width_px, height_px), dtype=dtype, device=part.device)
         arguments |= {"image": empty, "strength": 1.0}
     if "negative_prompt" in accepted:

@@ -4,27 +4,24 @@ A ControlNet is a folder of its own in the model store and belongs to no model, 
 of one architecture share it.
 """
 
-import asyncio
 import functools
-import json
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import structlog
 import torch
 
 from darkroom.errors import ModelNotFound, UnusableModel
-from darkroom.models.loader import NetworkState, Part, load_network, meta_network, network_state, running_dtype
+from darkroom.families import CONTROLNETS
+from darkroom.models.loader import LOADING_ERRORS, Part, load_network, meta_network, running_dtype
+from darkroom.models.lone import LoneNetwork, OnDemand, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
 
-_log = structlog.get_logger()
 _NAME, _STAGE = "controlnet", "controlnet"
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +30,6 @@ class ControlNetKind:
 
     several: str
     """The class that stands for several of them."""
-    families: tuple[str, ...]
-    """Pipeline classes, as in the family table, whose denoisers it leads."""
     alike: tuple[str, ...]
     """Keys of the config in which it must agree with the denoiser that it leads."""
     shared: tuple[str, ...] = ()
@@ -45,7 +40,6 @@ _JOINT = ("num_attention_heads", "attention_head_dim", "joint_attention_dim", "i
 KINDS: Mapping[str, ControlNetKind] = {
     "ControlNetModel": ControlNetKind(
         several="MultiControlNetModel",
-        families=("StableDiffusionPipeline", "StableDiffusionXLPipeline"),
         alike=(
             "block_out_channels",
             "layers_per_block",
@@ -56,46 +50,25 @@ KINDS: Mapping[str, ControlNetKind] = {
     ),
     "FluxControlNetModel": ControlNetKind(
         several="FluxMultiControlNetModel",
-        families=("FluxPipeline",),
         alike=(*_JOINT, "pooled_projection_dim"),
         shared=("img_ids", "txt_ids"),
     ),
-    "QwenImageControlNetModel": ControlNetKind(
-        several="QwenImageMultiControlNetModel", families=("QwenImagePipeline",), alike=_JOINT
-    ),
+    "QwenImageControlNetModel": ControlNetKind(several="QwenImageMultiControlNetModel", alike=_JOINT),
 }
 """The classes that can be served, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControlNet:
-    """One ControlNet: here with its weights, or elsewhere and here by its config only."""
+class ControlNet(LoneNetwork):
+    """One ControlNet."""
 
-    model_id: str
     kind: ControlNetKind
-    network: Any
-    face: torch.nn.Module
-    """What stands for it in pipelines."""
-    device: torch.device
-    load_s: float
-
-    @property
-    def networks(self) -> Mapping[str, torch.nn.Module]:
-        """The network under the name by which other replicas call it."""
-        return {_NAME: self.network}
-
-    def stand_in(self, name: str) -> torch.nn.Module | None:
-        """What stands for the network of that name."""
-        return self.face if name == _NAME else None
-
-    def network_states(self) -> list[NetworkState]:
-        """How much of it is here."""
-        return [network_state(_NAME, self.network)]
 
     def misfit(self, part: Part) -> str | None:
         """Why it cannot lead this model's denoiser; None if it can."""
-        if part.family.pipeline not in self.kind.families:
-            return f"is a {type(self.network).__name__}, which leads no {part.family.pipeline}"
+        name = type(self.network).__name__
+        if part.family.pipeline not in CONTROLNETS[name]:
+            return f"is a {name}, which leads no {part.family.pipeline}"
         own, led = self.network.config, part.denoiser_config
         for key in self.kind.alike:
             if _listed(own.get(key)) != _listed(led.get(key)):
@@ -128,17 +101,11 @@ def load_controlnet(root: Path, controlnet_id: str, device: torch.device, *, sen
             network = meta_network(getattr(diffusers, name), folder)
             home = Home(_STAGE, controlnet_id, _NAME)
             face = Remote(network, home, send, device=device, dtype=running_dtype(folder, device))
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-        AttributeError,
-    ) as error:  # what a bad folder makes the loaders raise
+    except LOADING_ERRORS as error:
         raise UnusableModel(controlnet_id, f"loading it failed ({type(error).__name__})") from error
     return ControlNet(
         model_id=controlnet_id,
+        name=_NAME,
         kind=kind,
         network=network,
         face=face,
@@ -149,54 +116,20 @@ def load_controlnet(root: Path, controlnet_id: str, device: torch.device, *, sen
 
 def _class_name(folder: Path, controlnet_id: str) -> str:
     try:
-        with (folder / "config.json").open() as file:
-            config = json.loads(file.read(_MAX_CONFIG_BYTES + 1))
-    except (OSError, ValueError, RecursionError) as error:
+        name = read_config(folder).get("_class_name")
+    except (OSError, ValueError) as error:
         raise UnusableModel(controlnet_id, "its config.json cannot be read") from error
-    name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in KINDS:
         raise UnusableModel(controlnet_id, f"its class is none of {', '.join(KINDS)}")
     return str(name)
 
 
-class ControlNets:
-    """The ControlNets that the requests of a replica share. Its methods are called on one event loop."""
+class ControlNets(OnDemand[str, ControlNet]):
+    """The ControlNets that the requests of a replica share. Getting one raises ModelNotFound or UnusableModel."""
 
     def __init__(self, root: Path, device: torch.device, *, send: Send | None = None) -> None:
         """`send`: None holds them here; else they are called at the stage `controlnet`."""
-        self._root, self._device, self._send = root, device, send
-        self._loads: dict[str, asyncio.Task[ControlNet]] = {}
-        self.on_loaded: Callable[[Collection[str]], Awaitable[None]] | None = None
-        """Told the ids of all that are loaded, when one is added."""
-
-    async def get(self, controlnet_id: str) -> ControlNet:
-        """The ControlNet, loaded on first use; concurrent callers share one load.
-
-        Raises ModelNotFound or UnusableModel. A failed load is tried again by the next request.
-        """
-        task = self._loads.get(controlnet_id)
-        if task is None:
-            task = self._loads[controlnet_id] = asyncio.create_task(self._load(controlnet_id))
-            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # all callers may have left
-        return await asyncio.shield(task)
-
-    @property
-    def loaded(self) -> tuple[ControlNet, ...]:
-        """Those that are here, by id."""
-        done = [task for task in self._loads.values() if task.done()]  # a failed one is not kept
-        return tuple(sorted((task.result() for task in done), key=lambda net: net.model_id))
-
-    async def _load(self, controlnet_id: str) -> ControlNet:
-        try:
-            net = await asyncio.to_thread(load_controlnet, self._root, controlnet_id, self._device, send=self._send)
-        except BaseException as error:
-            del self._loads[controlnet_id]
-            _log.error("load_failed", controlnet_id=controlnet_id, problem=str(error), cause=repr(error.__cause__))
-            raise
-        _log.info("loaded", controlnet_id=controlnet_id, load_s=round(net.load_s, 3))
-        if self.on_loaded:
-            await self.on_loaded({other.model_id for other in self.loaded} | {controlnet_id})
-        return net
+        super().__init__(lambda controlnet_id: load_controlnet(root, controlnet_id, device, send=send))
 
 
 def together(

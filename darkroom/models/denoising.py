@@ -7,6 +7,7 @@ from types import MappingProxyType
 import torch
 
 from darkroom.models.calls import call_arguments
+from darkroom.models.ip_adapters import WithScales
 from darkroom.models.journal import Journal, RangeDone
 from darkroom.models.loader import Part
 from darkroom.models.own import fresh_scheduler, own_copy
@@ -41,12 +42,14 @@ def denoise(
     generators = [torch.Generator().manual_seed(task.seed + i) for i in range(task.image_count)]
     journal.begin(pipeline.scheduler, generators, part.device, pipeline)
     for name in part.denoiser_names:
-        object.__setattr__(pipeline, name, journal.watch(getattr(pipeline, name), name))
+        network = journal.watch(getattr(pipeline, name), name)
+        if conditions.ip_prompts:
+            network = WithScales(network, part, [prompt.scale for prompt in conditions.ip_prompts])
+        object.__setattr__(pipeline, name, network)
     if conditions.controls:
         object.__setattr__(pipeline, "controlnet", control_network(part, conditions, journal))
     kind = type(shared)
-    arguments = condition_arguments(kind, conditions, task.image_count)
-    arguments |= call_arguments(
+    arguments = call_arguments(
         part,
         embeddings,
         step_count=task.step_count,
@@ -56,7 +59,8 @@ def denoise(
         image_count=task.image_count,
         frame_count=task.frame_count,
         kind=kind,
-    )
+        has_image=conditions.image is not None,
+    ) | condition_arguments(kind, conditions, task.image_count)
     try:
         with calling_for(journal.ticket):
             latents: torch.Tensor = pipeline(

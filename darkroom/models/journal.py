@@ -20,6 +20,7 @@ import torch
 from darkroom.errors import InvalidCheckpoint
 from darkroom.models.previews import clean_estimate
 from darkroom.models.program import Ticket
+from darkroom.models.standins import StandIn
 from darkroom.models.stepcache import Cached, StepCache
 from darkroom.models.trees import Unreadable, Unstorable, blank, from_tree, shape_of, to_tree
 
@@ -276,22 +277,13 @@ class Journal:
         self.is_resumable = self.ticket.restartable = self.ticket.movable = False
 
 
-class Watched(torch.nn.Module):
+class Watched(StandIn):
     """A denoising network as one request sees it: blank while the run skips, else its own."""
 
     def __init__(self, network: torch.nn.Module, label: str, journal: Journal) -> None:
         """`network` is the stand-in that all requests share."""
-        super().__init__()
-        self.__dict__.update(network=network, label=label, journal=journal)
-
-    def __getattr__(self, name: str) -> Any:
-        """The network's own attribute."""
-        return getattr(self.__dict__["network"], name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # pipelines ask what kind of network they hold
-        """The network's own class."""
-        return self.__dict__["network"].__class__
+        super().__init__(network)
+        self.__dict__.update(label=label, journal=journal)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's answer."""

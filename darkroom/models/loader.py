@@ -32,6 +32,8 @@ from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Absent, Batched
 
 _log = structlog.get_logger()
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
+"""What a bad folder makes the loaders raise."""
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONING = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
 _VAE_METHODS = ("encode", "decode")
@@ -70,6 +72,8 @@ class Part:
     """How its latents look; None when nobody fitted a map."""
     variants: dict[type, DiffusionPipeline] = field(default_factory=dict, init=False, repr=False)
     """Pipelines of other tasks over the same components, made when they are first needed."""
+    beside: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """What others keep with the part, and lose with it."""
 
     def stand_in(self, name: str) -> Any:
         """What stands for a network in the pipeline; None if it has none of that name."""
@@ -109,14 +113,7 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, se
     family = _family_of(index, model_id)
     try:
         pipeline, networks = _assemble(folder, index, family, stage=stage, device=device, send=send)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-        AttributeError,
-    ) as error:  # what a bad folder makes the loaders raise
+    except LOADING_ERRORS as error:
         raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
     if not any(name in networks for name in family.denoisers):
         raise UnusableModel(model_id, f"it has no {' or '.join(family.denoisers)}")
@@ -173,6 +170,7 @@ def _assemble(
 ) -> tuple[DiffusionPipeline, dict[str, torch.nn.Module]]:
     components: dict[str, Any] = {}
     networks: dict[str, torch.nn.Module] = {}
+    away: dict[str, Any] = {}
     for name, entry in index.items():
         if not isinstance(entry, list):
             if not name.startswith("_"):
@@ -183,17 +181,22 @@ def _assemble(
             continue
         kind = _component_class(folder.name, name, *entry)
         if issubclass(kind, ModelMixin | PreTrainedModel):
-            home = Home(_stage_of(name, family), folder.name, name)
-            if home.stage == stage:
+            if _stage_of(name, family) == stage:
                 networks[name] = load_network(kind, folder / name, device)
-                components[name] = _present(name, networks[name], family)
+                components[name] = present(name, networks[name], family)
             else:
-                networks[name] = meta_network(kind, folder / name)
-                components[name] = _away(networks[name], home, device, send if stage == "denoiser" else None)
+                away[name] = kind
         elif issubclass(kind, SchedulerMixin) or stage == "encoder":
             components[name] = kind.from_pretrained(folder / name, local_files_only=True)
         else:
             components[name] = None
+    # absent networks run in the type of those here, as if the whole pipeline were loaded in it
+    dtype: Any = next((network.dtype for network in networks.values()), torch.float32)
+    for name, kind in away.items():
+        networks[name] = meta_network(kind, folder / name)
+        home = Home(_stage_of(name, family), folder.name, name)
+        sent = send if stage == "denoiser" else None
+        components[name] = _away(networks[name], home, sent, device=device, dtype=dtype)
     pipeline_class = getattr(diffusers, family.pipeline)
     accepted = inspect.signature(pipeline_class).parameters
     pipeline = pipeline_class(**{name: value for name, value in components.items() if name in accepted})
@@ -254,14 +257,16 @@ def meta_network(kind: Any, folder: Path) -> torch.nn.Module:
     return network
 
 
-def _away(network: torch.nn.Module, home: Home, device: torch.device, send: Send | None) -> torch.nn.Module:
-    dtype = next((p.dtype for p in network.parameters()), torch.float32)
+def _away(
+    network: torch.nn.Module, home: Home, send: Send | None, *, device: torch.device, dtype: torch.dtype
+) -> torch.nn.Module:
     if send is None:
         return Absent(network, device=device, dtype=dtype)
     return Remote(network, home, send, device=device, dtype=dtype)
 
 
-def _present(name: str, network: torch.nn.Module, family: Family) -> torch.nn.Module:
+def present(name: str, network: torch.nn.Module, family: Family) -> torch.nn.Module:
+    """What stands for a component that this stage holds."""
     if name in family.denoisers:
         stand_in = Batched(
             network, name, shared=family.shared, row_lists=family.row_lists, is_batched=family.is_batched

@@ -16,6 +16,10 @@ from PIL import Image, ImageOps
 from darkroom.errors import InvalidField
 from darkroom.wire.conditions import MAX_FILE_BYTES
 
+MAX_PIXELS = 1 << 24
+"""Of a picture that may have any size."""
+MAX_RATIO = 16
+"""Of its sides: image encoders' readers scale the shorter one up to their own."""
 _MAX_JPEG_SCANS = 64
 """Each scan of a progressive JPEG is a pass over the whole picture; cameras and programs write about ten."""
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -40,25 +44,31 @@ class _Header:
     height_px: int
 
 
-def decode_picture(field: str, data: bytes, width_px: int, height_px: int, mode: str) -> Image.Image:
+def decode_picture(field: str, data: bytes, size: tuple[int, int] | None, mode: str) -> Image.Image:
     """The picture in a PNG, JPEG or WebP file, as RGB or, with `mode` L, in shades of grey.
 
     It is turned the way its EXIF orientation says. What is transparent shows white, in shades of grey black: of a mask
-    it is kept. Raises InvalidField, naming `field`, unless the file holds one picture of exactly this size.
+    it is kept. `size`: width and height in pixels; None means any, up to MAX_PIXELS and MAX_RATIO. Raises InvalidField,
+    naming `field`, unless the file holds one picture of exactly this size.
     """
     try:
-        picture = _decoded(data, (width_px, height_px))
+        picture = _decoded(data, size)
     except _Unreadable as problem:
         raise InvalidField(field, str(problem)) from problem
-    if picture.size != (width_px, height_px):
-        raise InvalidField(field, _wrong_size(picture.size, (width_px, height_px)))
+    if size is not None and picture.size != size:
+        raise InvalidField(field, _wrong_size(picture.size, size))
     return _converted(picture, mode)
 
 
-def _decoded(data: bytes, size: tuple[int, int]) -> Image.Image:
+def _decoded(data: bytes, size: tuple[int, int] | None) -> Image.Image:
     header = _header(data)
-    if (header.width_px, header.height_px) not in (size, size[::-1]):  # it may be turned
-        raise _Unreadable(_wrong_size((header.width_px, header.height_px), size))
+    found = (header.width_px, header.height_px)
+    if size is not None and found not in (size, size[::-1]):  # it may be turned
+        raise _Unreadable(_wrong_size(found, size))
+    if not 0 < found[0] * found[1] <= MAX_PIXELS:
+        raise _Unreadable(f"must have 1 to {MAX_PIXELS} pixels, not {found[0]}x{found[1]}")
+    if size is None and max(found) > MAX_RATIO * min(found):
+        raise _Unreadable(f"must be at most {MAX_RATIO} times as long as wide, not {found[0]}x{found[1]}")
     if header.kind == "PNG":
         data = _bare_png(data)
     elif header.kind == "JPEG" and data.count(b"\xff\xda") > _MAX_JPEG_SCANS:

@@ -59,7 +59,7 @@ def decode_rows(part: Part, task: DecodeTask, latents: torch.Tensor) -> list[lis
     """
     pipeline = own_copy(part)
     scheduler = fresh_scheduler(part.pipeline.scheduler, "")
-    finished = latents.to(part.device, part.pipeline.vae.dtype)
+    finished = latents.to(part.device, torch.float32 if part.family.single_latents else part.pipeline.vae.dtype)
     # some pipelines take the second item: the solver's prediction of the finished latents
     scheduler.step = functools.wraps(scheduler.step)(lambda *_args, **_kwargs: (finished, finished))
     pipeline.scheduler = scheduler

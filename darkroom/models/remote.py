@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -81,15 +81,13 @@ class Remote(StandIn):
     ) -> None:
         """`network` lives on the meta device: it answers for config and class."""
         super().__init__(network)
-        self.__dict__.update(device=device, dtype=dtype)
+        first = torch.nn.Parameter(torch.empty(0, device=device, dtype=dtype), requires_grad=False)
+        # pipelines that want its type or device look at its first parameter
+        self.__dict__.update(device=device, dtype=dtype, parameters=lambda **_: iter((first,)))
         for method in METHODS:
             if hasattr(network, method):
                 signature = inspect.signature(getattr(network, method))
                 self.__dict__[method] = partial(_call, signature, home, method, send, device)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: ARG002, FBT001, FBT002
-        """There is nothing to move."""
-        return self
 
 
 def _call(

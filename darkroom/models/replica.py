@@ -6,16 +6,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import structlog
 import torch
 
 from darkroom.errors import ModelNotFound, Moved, QueueFull, Stalled
 from darkroom.models.adapters import Adapters
-from darkroom.models.controlnets import ControlNet, ControlNets
 from darkroom.models.executor import EngineCounts, Executor
 from darkroom.models.loader import Part, load_part
+from darkroom.models.lone import LoneNetwork, OnDemand
 from darkroom.models.program import Ticket
 from darkroom.models.remote import Send
 from darkroom.wire.tasks import LoraUse
@@ -33,7 +33,7 @@ class ReplicaState:
     replica_id: str
     stage: str
     device: str
-    parts: tuple[Part | ControlNet, ...]
+    parts: tuple[Part | LoneNetwork, ...]
     running_count: int
     finished_count: int
     engine: EngineCounts
@@ -72,15 +72,19 @@ class StageReplica:
             probes=stage == "denoiser",
         )
         self._stalled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._loads: dict[str, asyncio.Task[Part]] = {}
-        self._adapters: dict[str, Adapters] = {}
+        self._parts: OnDemand[str, Part] = OnDemand(
+            lambda model_id: load_part(model_store, model_id, stage, self._device, send=self.send)
+        )
+        self._shared: list[OnDemand[Any, Any]] = []
+        self._announced: set[str] = set()
+        self.share(self._parts)
         self._max_lora_bytes = max_lora_bytes
         self._running = self._finished = 0
         self._start_s = time.monotonic()
         self.send: Send | None = None
         """Calls networks that other stages hold."""
-        self.controlnets: ControlNets | None = None
         self.on_loaded: Callable[[Collection[str]], Awaitable[None]] | None = None
+        """Told the ids of all that is loaded, when something is added."""
 
     @contextlib.asynccontextmanager
     async def accepted(self) -> AsyncIterator[None]:
@@ -94,30 +98,24 @@ class StageReplica:
             self._running -= 1
             self._finished += 1
 
+    def share(self, shared: OnDemand[Any, Any]) -> None:
+        """What requests here share beside the parts of models: it is announced and described with them."""
+        self._shared.append(shared)
+        shared.on_loaded = self._announce
+
+    async def _announce(self, added: LoneNetwork | Part) -> None:
+        self._announced.add(added.model_id)
+        if self.on_loaded:
+            await self.on_loaded(set(self._announced))
+
     async def part(self, model_id: str) -> Part:
         """The stage's part of a model, loaded on first use; concurrent callers share one load.
 
         Raises ModelNotFound or UnusableModel. A failed load is tried again by the next request.
         """
-        task = self._loads.get(model_id)
-        if task is None:
-            if not (self._root / model_id / "model_index.json").is_file():
-                raise ModelNotFound(model_id)
-            task = self._loads[model_id] = asyncio.create_task(self._load(model_id))
-        return await asyncio.shield(task)
-
-    async def _load(self, model_id: str) -> Part:
-        try:
-            part = await asyncio.to_thread(load_part, self._root, model_id, self.stage, self._device, send=self.send)
-        except BaseException as error:
-            del self._loads[model_id]
-            _log.error("load_failed", model_id=model_id, problem=str(error), cause=repr(error.__cause__))
-            raise
-        _log.info("loaded", model_id=model_id, load_s=round(part.load_s, 3))
-        if self.on_loaded:
-            loaded = {other.model_id for other in self._parts()} | {model_id}
-            await self.on_loaded(loaded)
-        return part
+        if model_id not in self._parts and not (self._root / model_id / "model_index.json").is_file():
+            raise ModelNotFound(model_id)
+        return await self._parts.get(model_id)
 
     @contextlib.asynccontextmanager
     async def adapted(self, part: Part, loras: Sequence[LoraUse]) -> AsyncIterator[Mapping[str, torch.nn.Module]]:
@@ -128,9 +126,9 @@ class StageReplica:
         if not loras:
             yield {}
             return
-        adapters = self._adapters.get(part.model_id)
-        if adapters is None or adapters.part is not part:
-            adapters = self._adapters[part.model_id] = Adapters(part, self._root, self._max_lora_bytes)
+        adapters = part.beside.get("loras")
+        if adapters is None:
+            adapters = part.beside["loras"] = Adapters(part, self._root, self._max_lora_bytes)
         with await adapters.load(loras) as combination:
             yield combination.stand_ins()
 
@@ -160,20 +158,14 @@ class StageReplica:
         """Ends, with Moved, every request whose caller can go on elsewhere, after its current step."""
         self._executor.hand_back(Moved(self.replica_id))
 
-    def _parts(self) -> list[Part]:
-        done = [
-            task for task in self._loads.values() if task.done() and not task.cancelled() and task.exception() is None
-        ]
-        return [task.result() for task in done]
-
     def state(self) -> ReplicaState:
         """The replica as it is now."""
-        nets = self.controlnets.loaded if self.controlnets else ()
+        held = [part for shared in self._shared for part in shared.loaded]
         return ReplicaState(
             replica_id=self.replica_id,
             stage=self.stage,
             device=str(self._device),
-            parts=tuple(sorted((*self._parts(), *nets), key=lambda part: part.model_id)),
+            parts=tuple(sorted(held, key=lambda part: part.model_id)),
             running_count=self._running,
             finished_count=self._finished,
             engine=self._executor.counts,

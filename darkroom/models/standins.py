@@ -18,17 +18,20 @@ from darkroom.models.program import wait_for
 
 
 class StandIn(torch.nn.Module):
-    """Answers for a network that is kept out of the pipeline's reach."""
+    """Answers for a network that is kept out of the pipeline's reach, or for another stand-in of it.
+
+    It has no parameters of its own: moving or casting it does nothing.
+    """
 
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         # diffusers writes the module's library into the pipeline's config
-        self.__dict__.update(network=network, __module__=type(network).__module__)
+        self.__dict__.update(network=network, __module__=network.__class__.__module__)
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:
+    def __class__(self) -> Any:
         """The network's class, for `isinstance`."""
-        return type(self.__dict__["network"]) if "network" in self.__dict__ else type(self)
+        return self.__dict__["network"].__class__ if "network" in self.__dict__ else type(self)
 
     def __getattr__(self, name: str) -> Any:
         """The network's own attribute."""
@@ -147,7 +150,3 @@ class Absent(StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any]:
         """Zeros in the shape of the first argument: a tensor, or a list of them."""
         return (tree_map_only(torch.Tensor, torch.zeros_like, next(iter([*args, *kwargs.values()]))),)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:  # noqa: ARG002, FBT001, FBT002
-        """There is nothing to move."""
-        return self

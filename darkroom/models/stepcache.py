@@ -28,6 +28,7 @@ import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from darkroom.errors import InvalidCheckpoint
+from darkroom.models.standins import StandIn
 from darkroom.models.trees import Output
 
 FIRST_COUNT = 3
@@ -207,24 +208,15 @@ class StepCache:
         self.counts, self._streams, self._step = counts, streams, None
 
 
-class Cached(torch.nn.Module):
+class Cached(StandIn):
     """A network as one request sees it: a forward that the request's cache answers never reaches the network."""
 
     def __init__(
         self, network: torch.nn.Module, label: str, cache: StepCache, position: Callable[[], tuple[int, int]]
     ) -> None:
         """`position` says how many solver steps are done and how many there are in all."""
-        super().__init__()
-        self.__dict__.update(network=network, label=label, cache=cache, position=position)
-
-    def __getattr__(self, name: str) -> Any:
-        """The network's own attribute."""
-        return getattr(self.__dict__["network"], name)
-
-    @property  # type: ignore[misc]  # mypy takes it for a plain attribute
-    def __class__(self) -> Any:  # pipelines ask what kind of network they hold
-        """The network's own class."""
-        return self.__dict__["network"].__class__
+        super().__init__(network)
+        self.__dict__.update(label=label, cache=cache, position=position)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's answer, or the cache's."""

@@ -30,6 +30,7 @@ from darkroom.wire.conditions import ConditionFiles
 
 _TABLES = (AUTO_TEXT2IMAGE_PIPELINES_MAPPING, AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_INPAINT_PIPELINES_MAPPING)
 _WITH_CONTROLS = "-controlnet"
+_BLACK_SIZE = (32, 32)  # black is black at any size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +49,20 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IpPrompt:
+    """A picture as a prompt, for one of the IP-Adapters of the part that draws."""
+
+    pixels: torch.Tensor
+    """[1, 3, H, W], as the image encoder takes them."""
+    black: torch.Tensor
+    """Of a black picture: what some pipelines take where there is no picture."""
+    scale: float = 1.0
+    """Factor of what it adds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """The pictures that a request starts from or is led by, all of the size that is drawn."""
+    """The pictures that a request starts from or is led by, all but prompts of the size that is drawn."""
 
     image: Image.Image | None = None
     """RGB."""
@@ -58,31 +71,49 @@ class Conditions:
     strength: float | None = None
     """Share of the steps that are done, from the image with as much noise; None means what the pipeline does."""
     controls: tuple[Control, ...] = ()
+    ip_prompts: tuple[IpPrompt, ...] = ()
+    """One for each of the part's IP-Adapters, in their order."""
 
 
 UNCONDITIONED = Conditions()
 
 
-def read_conditions(files: ConditionFiles, nets: Sequence[ControlNet], *, width_px: int, height_px: int) -> Conditions:
+def read_conditions(
+    part: Part, files: ConditionFiles, nets: Sequence[ControlNet], *, width_px: int, height_px: int
+) -> Conditions:
     """The conditions of a request for this size, its files decoded; `nets` are those of its controls, in order.
 
-    Raises InvalidField naming the file that is no picture of this size.
+    `part` has the request's IP-Adapters. All that takes time is done here, on a thread beside the engine's. Raises
+    InvalidField naming the file that is no picture of this size.
     """
+    size, read = (width_px, height_px), getattr(part.pipeline, "feature_extractor", None)
     return Conditions(
-        image=decode_picture("image", files.image, width_px, height_px, "RGB") if files.image else None,
-        mask=decode_picture("mask", files.mask, width_px, height_px, "L") if files.mask else None,
+        image=decode_picture("image", files.image, size, "RGB") if files.image else None,
+        mask=decode_picture("mask", files.mask, size, "L") if files.mask else None,
         strength=files.strength,
         controls=tuple(
             Control(
                 net=net,
-                picture=decode_picture(f"controls[{position}].image", use.image, width_px, height_px, "RGB"),
+                picture=decode_picture(f"controls[{position}].image", use.image, size, "RGB"),
                 scale=use.scale,
                 start=use.start,
                 end=use.end,
             )
             for position, (use, net) in enumerate(zip(files.controls, nets, strict=True))
         ),
+        ip_prompts=tuple(
+            ip_prompt(read, decode_picture(f"ip_adapters[{position}].image", use.image, None, "RGB"), use.scale)
+            for position, use in enumerate(files.ip_adapters)
+        ),
     )
+
+
+def ip_prompt(read: Any, picture: Image.Image, scale: float) -> IpPrompt:
+    """The picture, RGB and of any size, as a prompt; `read` is the part's feature extractor."""
+    pixels, black = (
+        read(image, return_tensors="pt").pixel_values for image in (picture, Image.new("RGB", _BLACK_SIZE))
+    )
+    return IpPrompt(pixels=pixels, black=black, scale=scale)
 
 
 def variant(part: Part, conditions: Conditions) -> DiffusionPipeline:
@@ -90,7 +121,7 @@ def variant(part: Part, conditions: Conditions) -> DiffusionPipeline:
 
     Raises InvalidField naming `image`, `mask` or `controls` when the model's family has no such pipeline.
     """
-    kind = _variant_class(part, conditions)
+    kind = variant_class(type(part.pipeline), conditions)
     if kind is type(part.pipeline):
         return part.pipeline
     made = part.variants.get(kind)
@@ -99,8 +130,9 @@ def variant(part: Part, conditions: Conditions) -> DiffusionPipeline:
     return made
 
 
-def _variant_class(part: Part, conditions: Conditions) -> type:
-    own, (whole, from_image, masked) = type(part.pipeline), _TABLES
+def variant_class(own: type, conditions: Conditions) -> type:
+    """The class that draws under these conditions what the pipeline class `own` draws without. Raises as `variant`."""
+    whole, from_image, masked = _TABLES
     if conditions.mask is not None:
         table, needed, field = masked, {"image", "mask_image"}, "mask"
     elif conditions.image is not None:
@@ -158,6 +190,10 @@ def condition_arguments(kind: type, conditions: Conditions, image_count: int) ->
             "control_guidance_start": _one_or_all([control.start for control in conditions.controls]),
             "control_guidance_end": _one_or_all([control.end for control in conditions.controls]),
         }
+    if conditions.ip_prompts:
+        arguments["ip_adapter_image"] = _one_or_all([prompt.pixels for prompt in conditions.ip_prompts])
+        if "negative_ip_adapter_image" in accepted:  # as is the default, but for each adapter
+            arguments["negative_ip_adapter_image"] = [prompt.black for prompt in conditions.ip_prompts]
     return arguments
 
 
@@ -183,11 +219,6 @@ class Scaled(StandIn):
     are left to do it themselves.
     """
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # pipelines ask what kind of network they hold
-        """The network's own class."""
-        return self.__dict__["network"].__class__
-
     def forward(self, *args: Any, conditioning_scale: float = 1.0, **kwargs: Any) -> Any:
         """The network's answer."""
         network = self.__dict__["network"]
@@ -205,7 +236,9 @@ def check_conditions(part: Part, conditions: Conditions, step_count: int) -> Non
             raise InvalidField(f"controls[{position}]", f"({control.net.model_id}) {problem}")
     if conditions.mask is None and part.denoiser_config.get("in_channels", 0) > _channels(part):
         raise InvalidField("mask", "is missing: this model draws only inside one")
-    kind = _variant_class(part, conditions)
+    kind = variant_class(type(part.pipeline), conditions)
+    if conditions.ip_prompts and "ip_adapter_image" not in _parameters(kind.__call__):
+        raise InvalidField("ip_adapters", f"cannot be used with the other conditions: {kind.__name__} takes none")
     if conditions.image is None:
         return
     strength = conditions.strength

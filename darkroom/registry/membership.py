@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 from darkroom.errors import RegistryUnavailable
 from darkroom.registry import keys
-from darkroom.registry.model_entry import LoraEntry, ModelEntry, parse_entry
+from darkroom.registry.model_entry import Entry, GuideEntry, LoraEntry, ModelEntry, parse_entry
 from darkroom.registry.port import LeaseId, Member, Registry
 
 T = TypeVar("T")
@@ -160,6 +160,7 @@ class ClusterView:
         self._held: dict[str, tuple[str, ...]] = {}
         self._models: dict[str, ModelEntry] = {}
         self._loras: dict[str, LoraEntry] = {}
+        self._guides: dict[str, GuideEntry] = {}
         self._changed = asyncio.Event()
 
     @property
@@ -190,6 +191,14 @@ class ClusterView:
     def lora(self, lora_id: str) -> LoraEntry | None:
         """The catalogue's entry, if there is one."""
         return self._loras.get(lora_id)
+
+    def guides(self) -> tuple[GuideEntry, ...]:
+        """The catalogue's ControlNets and IP-Adapters, by guide_id."""
+        return tuple(self._guides.values())
+
+    def guide(self, guide_id: str) -> GuideEntry | None:
+        """The catalogue's entry, if there is one."""
+        return self._guides.get(guide_id)
 
     async def run(self) -> None:
         """Follows the registry until cancelled."""
@@ -224,6 +233,7 @@ class ClusterView:
         found = [entry for _, entry in sorted(self._entry_shelf.values.items())]
         self._models = {entry.model_id: entry for entry in found if isinstance(entry, ModelEntry)}
         self._loras = {entry.lora_id: entry for entry in found if isinstance(entry, LoraEntry)}
+        self._guides = {entry.guide_id: entry for entry in found if isinstance(entry, GuideEntry)}
 
 
 def _parse_member(key: str, value: bytes) -> Member:
@@ -239,10 +249,9 @@ def _parse_member(key: str, value: bytes) -> Member:
     return Member(replica_id=name.replica_id, stage=name.stage, address=address, device=device)
 
 
-def _parse_entry(key: str, value: bytes) -> ModelEntry | LoraEntry:
+def _parse_entry(key: str, value: bytes) -> Entry:
     """Raises ValueError for what is no entry of the catalogue, or one under another's key."""
     entry = parse_entry(value)
-    name = entry.model_id if isinstance(entry, ModelEntry) else entry.lora_id
-    if keys.model(name) != key:
-        raise ValueError(f"{key} holds the entry of {name!r}")
+    if keys.model(entry.entry_id) != key:
+        raise ValueError(f"{key} holds the entry of {entry.entry_id!r}")
     return entry

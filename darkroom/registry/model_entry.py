@@ -1,11 +1,13 @@
-"""What the cluster knows about a model or LoRA without loading it: all that a request is checked against. Pure."""
+"""What the cluster knows about a model, LoRA or guide without loading it: all that requests are checked by. Pure."""
 
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
-_LORA = "lora"
+CONTROLNET, IP_ADAPTER = "controlnet", "ip_adapter"
+"""What a guide can be."""
+_LORA, _GUIDE = "lora", "guide"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,11 @@ class ModelEntry:
     default_guidance_scale: float
     guided_above: float | None = 1.0
     """The guidance scale up to which there is no guidance, and no negative is encoded; None: never any."""
+
+    @property
+    def entry_id(self) -> str:
+        """The name of its folder."""
+        return self.model_id
 
     def is_guided(self, guidance_scale: float) -> bool:
         """Whether the denoiser needs the negative's embedding at this scale."""
@@ -79,6 +86,11 @@ class LoraEntry:
     size_bytes: int
     """Of its file."""
 
+    @property
+    def entry_id(self) -> str:
+        """The name of its folder."""
+        return self.lora_id
+
     def to_json(self) -> bytes:
         """The entry as the registry keeps it: equal entries give equal bytes."""
         return json.dumps({**asdict(self), "kind": _LORA}, sort_keys=True, separators=(",", ":")).encode()
@@ -100,12 +112,57 @@ class LoraEntry:
             raise ValueError(f"not a LoRA entry: {error!r}") from error
 
 
-def parse_entry(value: bytes) -> ModelEntry | LoraEntry:
-    """An entry of either kind. Raises ValueError for what is none."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuideEntry:
+    """One ControlNet or IP-Adapter of the catalogue: what leads models by pictures."""
+
+    guide_id: str
+    role: str
+    """CONTROLNET or IP_ADAPTER."""
+    pipelines: tuple[str, ...]
+    """Pipeline classes of the models it can lead."""
+    base_model: str | None
+    """The model it is for; None if the store does not say: loading it tells."""
+    size_bytes: int
+    """Of all its files."""
+
+    @property
+    def entry_id(self) -> str:
+        """The name of its folder."""
+        return self.guide_id
+
+    def to_json(self) -> bytes:
+        """The entry as the registry keeps it: equal entries give equal bytes."""
+        return json.dumps({**asdict(self), "kind": _GUIDE}, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, value: bytes) -> Self:
+        """Raises ValueError for what is no entry. Fields of later versions are passed over."""
+        try:
+            fields = json.loads(value)
+            base_model = fields["base_model"]
+            return cls(
+                guide_id=_text(fields["guide_id"]),
+                role=_text(fields["role"]),
+                pipelines=tuple(_text(name) for name in _items(fields["pipelines"])),
+                base_model=None if base_model is None else _text(base_model),
+                size_bytes=_whole(fields["size_bytes"]),
+            )
+        except (KeyError, TypeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"not a ControlNet's or IP-Adapter's entry: {error!r}") from error
+
+
+Entry: TypeAlias = ModelEntry | LoraEntry | GuideEntry
+
+
+def parse_entry(value: bytes) -> Entry:
+    """An entry of any kind. Raises ValueError for what is none."""
     try:
         kind = json.loads(value).get("kind")
     except (AttributeError, RecursionError) as error:
         raise ValueError(f"not an entry: {error!r}") from error
+    if kind == _GUIDE:
+        return GuideEntry.from_json(value)
     return LoraEntry.from_json(value) if kind == _LORA else ModelEntry.from_json(value)
 
 

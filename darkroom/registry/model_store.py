@@ -1,6 +1,7 @@
 """Lists what a model store offers, by JSON, headers and file sizes only, so that router and cachemgr need no torch.
 
-A folder with a model_index.json is a model; one without, but with a safetensors file, is a LoRA.
+A folder with a model_index.json is a model, one with a config.json a ControlNet, one with an image_encoder an
+IP-Adapter; one without, but with a safetensors file, is a LoRA.
 
 The rule: a folder that cannot be served is refused with its reason; it never hides the others.
 """
@@ -12,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from darkroom.errors import InvalidField
-from darkroom.families import FAMILIES
-from darkroom.registry.model_entry import ComponentEntry, LoraEntry, ModelEntry
+from darkroom.families import CONTROLNETS, FAMILIES, IP_ADAPTED
+from darkroom.registry.model_entry import (
+    CONTROLNET,
+    IP_ADAPTER,
+    ComponentEntry,
+    Entry,
+    GuideEntry,
+    LoraEntry,
+    ModelEntry,
+)
 from darkroom.registry.store_folder import Refused, StoreFolder
 from darkroom.schedulers import schedulers_for
 from darkroom.wire import fields
@@ -46,64 +55,119 @@ class StoreListing:
     """By model_id."""
     loras: tuple[LoraEntry, ...]
     """By lora_id."""
+    guides: tuple[GuideEntry, ...]
+    """By guide_id."""
     refused: dict[str, str]
-    """Folders of models and LoRAs that cannot be served, and why."""
+    """Folders of any of them that cannot be served, and why."""
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All that is served."""
+        return (*self.models, *self.loras, *self.guides)
 
 
 def read_model_store(root: Path) -> StoreListing:
-    """Reads every folder of the store that is a model or a LoRA. Raises OSError if the store cannot be listed."""
+    """Reads every folder of the store that can be any of them. Raises OSError if the store cannot be listed."""
     models: list[ModelEntry] = []
-    loras: list[LoraEntry] = []
+    adapters: list[LoraEntry | GuideEntry] = []
     refused: dict[str, str] = {}
     for path in sorted(root.iterdir()):
         try:
             if path.joinpath("model_index.json").exists():
                 models.append(_read_model(root, path))
-            elif path.joinpath("config.json").exists():
-                continue  # a network by itself, such as a ControlNet
-            elif path.is_dir() and (weights := StoreFolder(root, path).weights()):
-                loras.append(_read_lora(root, path, weights))
+            elif path.is_dir() and (adapter := _read_adapter(root, path)):
+                adapters.append(adapter)
         except (Refused, InvalidField, OSError) as problem:
             refused[os.fsencode(path.name).decode(errors="replace")] = str(problem)
     model_ids = {entry.model_id for entry in models}
-    for entry in loras:
+    for entry in adapters:
         if entry.base_model is not None and entry.base_model not in model_ids:
-            refused[entry.lora_id] = f"its base_model {entry.base_model} cannot be served from this store"
-    served = tuple(entry for entry in loras if entry.lora_id not in refused)
-    return StoreListing(models=tuple(models), loras=served, refused=refused)
+            refused[entry.entry_id] = f"its base_model {entry.base_model} cannot be served from this store"
+    served = [entry for entry in adapters if entry.entry_id not in refused]
+    return StoreListing(
+        models=tuple(models),
+        loras=tuple(entry for entry in served if isinstance(entry, LoraEntry)),
+        guides=tuple(entry for entry in served if isinstance(entry, GuideEntry)),
+        refused=refused,
+    )
 
 
-def _read_lora(root: Path, path: Path, weights: list[str]) -> LoraEntry:
-    """Raises Refused, or InvalidField for a name that no request could have."""
-    lora_id = _check_lora_id(path.name)
-    if len(weights) > 1:
-        raise Refused(f"it has {len(weights)} safetensors files: a LoRA has one, a model has a model_index.json")
+def _read_adapter(root: Path, path: Path) -> LoraEntry | GuideEntry | None:
+    """None for a folder that is none of them. Raises Refused, or InvalidField for a name that no request could have."""
     folder = StoreFolder(root, path)
+    weights = folder.weights()
+    if weights and path.joinpath("image_encoder", "config.json").is_file():
+        return _read_ip_adapter(folder, path, weights)
+    class_name = (folder.find_object("config.json") or {}).get("_class_name")
+    if class_name is not None:
+        return _read_controlnet(folder, path, class_name)
+    return _read_lora(folder, path, weights) if weights else None
+
+
+def _read_controlnet(folder: StoreFolder, path: Path, name: object) -> GuideEntry:
+    if not isinstance(name, str) or name not in CONTROLNETS:
+        raise Refused(f"its config.json names a class that is none of {', '.join(CONTROLNETS)}")
+    return GuideEntry(
+        guide_id=_check_id(path.name, "controlnet_id"),
+        role=CONTROLNET,
+        pipelines=CONTROLNETS[name],
+        base_model=None,
+        size_bytes=folder.component_bytes("."),
+    )
+
+
+def _read_ip_adapter(folder: StoreFolder, path: Path, weights: list[str]) -> GuideEntry:
+    if len(weights) > 1:
+        raise Refused(f"it has {len(weights)} safetensors files: an IP-Adapter has one, and an image_encoder")
+    settings = _read_adapter_settings(folder, {"base_model"})
+    return GuideEntry(
+        guide_id=_check_id(path.name, "ip_adapter_id"),
+        role=IP_ADAPTER,
+        pipelines=IP_ADAPTED,
+        base_model=_read_base_model(settings),
+        size_bytes=folder.read_header(weights[0]).size_bytes + folder.component_bytes("image_encoder"),
+    )
+
+
+def _read_adapter_settings(folder: StoreFolder, known: set[str]) -> dict[str, object]:
     settings = folder.find_object("darkroom.json") or {}
-    if unknown := settings.keys() - {"base_model", "default_scale"}:
+    if unknown := settings.keys() - known:
         raise Refused(f"darkroom.json has an unknown key {min(unknown)[:64]!r}")
-    base_model, scale = settings.get("base_model"), settings.get("default_scale", 1.0)
+    return settings
+
+
+def _read_base_model(settings: Mapping[str, object]) -> str | None:
+    base_model = settings.get("base_model")
     if base_model is not None and not isinstance(base_model, str):
         raise Refused("darkroom.json: base_model must be a model_id")
+    return None if base_model is None else fields.check_model_id(base_model)
+
+
+def _read_lora(folder: StoreFolder, path: Path, weights: list[str]) -> LoraEntry:
+    lora_id = _check_id(path.name, "lora_id")
+    if len(weights) > 1:
+        raise Refused(f"it has {len(weights)} safetensors files: a LoRA has one, a model has a model_index.json")
+    settings = _read_adapter_settings(folder, {"base_model", "default_scale"})
+    scale = settings.get("default_scale", 1.0)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= fields.MAX_LORA_SCALE:
         raise Refused(f"darkroom.json: default_scale must be from -{fields.MAX_LORA_SCALE} to {fields.MAX_LORA_SCALE}")
     header = folder.read_header(weights[0])
     changes_encoder = {_ENCODER_TENSORS.match(name) is not None for name in header.tensor_names}
     return LoraEntry(
         lora_id=lora_id,
-        base_model=None if base_model is None else fields.check_model_id(base_model),
+        base_model=_read_base_model(settings),
         default_scale=float(scale),
         stages=("encoder",) * (True in changes_encoder) + ("denoiser",) * (False in changes_encoder),
         size_bytes=header.size_bytes,
     )
 
 
-def _check_lora_id(value: str) -> str:
-    """Ids of LoRAs and models are alike: both are folders of the store. Raises InvalidField."""
+def _check_id(value: str, field: str) -> str:
+    """Ids of all of them are alike: they are folders of the store. Raises InvalidField naming `field`."""
     try:
         return fields.check_model_id(value)
     except InvalidField as problem:
-        raise InvalidField("lora_id", problem.facts["problem"]) from problem
+        raise InvalidField(field, problem.facts["problem"]) from problem
 
 
 def _read_model(root: Path, path: Path) -> ModelEntry:

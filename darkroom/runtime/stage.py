@@ -56,7 +56,7 @@ class StageConfig:
     max_batch_rows: int = 32
     """Rows of the largest batch. Past 16 a small UNet's step grows linearly on the CPUs measured."""
     lora_bytes: int = 2 << 30
-    """Bytes of the LoRAs of one model that are held at once."""
+    """Bytes of the LoRAs that are held at once for one model, or for one with certain IP-Adapters."""
     shelf_bytes: int = 256 << 20
     """Bytes of tensors held for other stages."""
     inline_limit_bytes: int = 1 << 20
@@ -122,18 +122,20 @@ class StageProcess:
         assert self.replica.send is not None
         return self.replica.send(stage, call)
 
-    async def run(self, service: Mounted) -> None:
-        """Serves `service` beside what all stages serve. Loads the preloaded models before registering."""
-        self.replica.on_loaded = self._registration.set_models
-        await self._run([service], self.replica.part)
+    async def run(self, service: Mounted, *, held: Callable[[str], Awaitable[Held]] | None = None) -> None:
+        """Serves `service` beside what all stages serve. Loads the preloaded models before registering.
+
+        `held` gets what other replicas call, by model id; None means the replica's parts of models.
+        """
+        await self._run([service], held or self.replica.part)
 
     async def run_for_others(self, controlnets: ControlNets) -> None:
         """Serves the networks of ControlNets to denoisers, and what all stages serve."""
-        controlnets.on_loaded = self._registration.set_models
-        self.replica.controlnets = controlnets
+        self.replica.share(controlnets)
         await self._run([], controlnets.get)
 
     async def _run(self, services: Sequence[Mounted], held: Callable[[str], Awaitable[Held]]) -> None:
+        self.replica.on_loaded = self._registration.set_models
         calls = NetworkCalls(self.replica, self._view, self._channels, self.shelf, self.source, held=held)
         self.replica.send = calls.send
         common = [

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from darkroom.v1 import stage_pb2 as darkroom_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x61rkroom/v1/cachemgr.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/stage.proto\"\'\n\x11ListModelsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"-\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\xf6\x01\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12*\n\ncomponents\x18\x03 \x03(\x0b\x32\x16.darkroom.v1.Component\x12\x12\n\nschedulers\x18\x04 \x03(\t\x12\x18\n\x10\x64\x65\x66\x61ult_width_px\x18\x05 \x01(\x05\x12\x19\n\x11\x64\x65\x66\x61ult_height_px\x18\x06 \x01(\x05\x12\x18\n\x10size_multiple_px\x18\x07 \x01(\x05\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x08 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\t \x01(\x01\"_\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Model\x12%\n\x05loras\x18\x02 \x03(\x0b\x32\x16.darkroom.v1.LoraModel\"^\n\tLoraModel\x12\x0f\n\x07lora_id\x18\x01 \x01(\t\x12\x15\n\rbase_model_id\x18\x02 \x01(\t\x12\x15\n\rdefault_scale\x18\x03 \x01(\x01\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"X\n\rLocateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12!\n\x05stage\x18\x03 \x01(\x0e\x32\x12.darkroom.v1.Stage\"t\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x11\n\tmodel_ids\x18\x05 \x03(\t\"N\n\x0eLocateResponse\x12&\n\x08replicas\x18\x01 \x03(\x0b\x32\x14.darkroom.v1.Replica\x12\x14\n\x0cholder_count\x18\x02 \x01(\x05\"*\n\x14\x44\x65scribeCacheRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"?\n\x15\x44\x65scribeCacheResponse\x12&\n\x08replicas\x18\x01 \x03(\x0b\x32\x14.darkroom.v1.Replica2\xff\x01\n\x13\x43\x61\x63heManagerService\x12M\n\nListModels\x12\x1e.darkroom.v1.ListModelsRequest\x1a\x1f.darkroom.v1.ListModelsResponse\x12\x41\n\x06Locate\x12\x1a.darkroom.v1.LocateRequest\x1a\x1b.darkroom.v1.LocateResponse\x12V\n\rDescribeCache\x12!.darkroom.v1.DescribeCacheRequest\x1a\".darkroom.v1.DescribeCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x61rkroom/v1/cachemgr.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/stage.proto\"\'\n\x11ListModelsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"-\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\xf6\x01\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12*\n\ncomponents\x18\x03 \x03(\x0b\x32\x16.darkroom.v1.Component\x12\x12\n\nschedulers\x18\x04 \x03(\t\x12\x18\n\x10\x64\x65\x66\x61ult_width_px\x18\x05 \x01(\x05\x12\x19\n\x11\x64\x65\x66\x61ult_height_px\x18\x06 \x01(\x05\x12\x18\n\x10size_multiple_px\x18\x07 \x01(\x05\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x08 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\t \x01(\x01\"\x88\x01\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Model\x12%\n\x05loras\x18\x02 \x03(\x0b\x32\x16.darkroom.v1.LoraModel\x12\'\n\x06guides\x18\x03 \x03(\x0b\x32\x17.darkroom.v1.GuideModel\"\xd0\x01\n\nGuideModel\x12\x10\n\x08guide_id\x18\x01 \x01(\t\x12*\n\x04role\x18\x02 \x01(\x0e\x32\x1c.darkroom.v1.GuideModel.Role\x12\x11\n\tpipelines\x18\x03 \x03(\t\x12\x15\n\rbase_model_id\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"F\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROLE_CONTROLNET\x10\x01\x12\x13\n\x0fROLE_IP_ADAPTER\x10\x02\"^\n\tLoraModel\x12\x0f\n\x07lora_id\x18\x01 \x01(\t\x12\x15\n\rbase_model_id\x18\x02 \x01(\t\x12\x15\n\rdefault_scale\x18\x03 \x01(\x01\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"X\n\rLocateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12!\n\x05stage\x18\x03 \x01(\x0e\x32\x12.darkroom.v1.Stage\"t\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x11\n\tmodel_ids\x18\x05 \x03(\t\"N\n\x0eLocateResponse\x12&\n\x08replicas\x18\x01 \x03(\x0b\x32\x14.darkroom.v1.Replica\x12\x14\n\x0cholder_count\x18\x02 \x01(\x05\"*\n\x14\x44\x65scribeCacheRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"?\n\x15\x44\x65scribeCacheResponse\x12&\n\x08replicas\x18\x01 \x03(\x0b\x32\x14.darkroom.v1.Replica2\xff\x01\n\x13\x43\x61\x63heManagerService\x12M\n\nListModels\x12\x1e.darkroom.v1.ListModelsRequest\x1a\x1f.darkroom.v1.ListModelsResponse\x12\x41\n\x06Locate\x12\x1a.darkroom.v1.LocateRequest\x1a\x1b.darkroom.v1.LocateResponse\x12V\n\rDescribeCache\x12!.darkroom.v1.DescribeCacheRequest\x1a\".darkroom.v1.DescribeCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,20 +38,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_COMPONENT']._serialized_end=154
   _globals['_MODEL']._serialized_start=157
   _globals['_MODEL']._serialized_end=403
-  _globals['_LISTMODELSRESPONSE']._serialized_start=405
-  _globals['_LISTMODELSRESPONSE']._serialized_end=500
-  _globals['_LORAMODEL']._serialized_start=502
-  _globals['_LORAMODEL']._serialized_end=596
-  _globals['_LOCATEREQUEST']._serialized_start=598
-  _globals['_LOCATEREQUEST']._serialized_end=686
-  _globals['_REPLICA']._serialized_start=688
-  _globals['_REPLICA']._serialized_end=804
-  _globals['_LOCATERESPONSE']._serialized_start=806
-  _globals['_LOCATERESPONSE']._serialized_end=884
-  _globals['_DESCRIBECACHEREQUEST']._serialized_start=886
-  _globals['_DESCRIBECACHEREQUEST']._serialized_end=928
-  _globals['_DESCRIBECACHERESPONSE']._serialized_start=930
-  _globals['_DESCRIBECACHERESPONSE']._serialized_end=993
-  _globals['_CACHEMANAGERSERVICE']._serialized_start=996
-  _globals['_CACHEMANAGERSERVICE']._serialized_end=1251
+  _globals['_LISTMODELSRESPONSE']._serialized_start=406
+  _globals['_LISTMODELSRESPONSE']._serialized_end=542
+  _globals['_GUIDEMODEL']._serialized_start=545
+  _globals['_GUIDEMODEL']._serialized_end=753
+  _globals['_GUIDEMODEL_ROLE']._serialized_start=683
+  _globals['_GUIDEMODEL_ROLE']._serialized_end=753
+  _globals['_LORAMODEL']._serialized_start=755
+  _globals['_LORAMODEL']._serialized_end=849
+  _globals['_LOCATEREQUEST']._serialized_start=851
+  _globals['_LOCATEREQUEST']._serialized_end=939
+  _globals['_REPLICA']._serialized_start=941
+  _globals['_REPLICA']._serialized_end=1057
+  _globals['_LOCATERESPONSE']._serialized_start=1059
+  _globals['_LOCATERESPONSE']._serialized_end=1137
+  _globals['_DESCRIBECACHEREQUEST']._serialized_start=1139
+  _globals['_DESCRIBECACHEREQUEST']._serialized_end=1181
+  _globals['_DESCRIBECACHERESPONSE']._serialized_start=1183
+  _globals['_DESCRIBECACHERESPONSE']._serialized_end=1246
+  _globals['_CACHEMANAGERSERVICE']._serialized_start=1249
+  _globals['_CACHEMANAGERSERVICE']._serialized_end=1504
 # @@protoc_insertion_point(module_scope)

@@ -1,5 +1,6 @@
 from darkroom.v1 import stage_pb2 as _stage_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -44,12 +45,36 @@ class Model(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., pipeline: _Optional[str] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., schedulers: _Optional[_Iterable[str]] = ..., default_width_px: _Optional[int] = ..., default_height_px: _Optional[int] = ..., size_multiple_px: _Optional[int] = ..., default_step_count: _Optional[int] = ..., default_guidance_scale: _Optional[float] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models", "loras")
+    __slots__ = ("models", "loras", "guides")
     MODELS_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
+    GUIDES_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[Model]
     loras: _containers.RepeatedCompositeFieldContainer[LoraModel]
-    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., loras: _Optional[_Iterable[_Union[LoraModel, _Mapping]]] = ...) -> None: ...
+    guides: _containers.RepeatedCompositeFieldContainer[GuideModel]
+    def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., loras: _Optional[_Iterable[_Union[LoraModel, _Mapping]]] = ..., guides: _Optional[_Iterable[_Union[GuideModel, _Mapping]]] = ...) -> None: ...
+
+class GuideModel(_message.Message):
+    __slots__ = ("guide_id", "role", "pipelines", "base_model_id", "size_bytes")
+    class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        ROLE_UNSPECIFIED: _ClassVar[GuideModel.Role]
+        ROLE_CONTROLNET: _ClassVar[GuideModel.Role]
+        ROLE_IP_ADAPTER: _ClassVar[GuideModel.Role]
+    ROLE_UNSPECIFIED: GuideModel.Role
+    ROLE_CONTROLNET: GuideModel.Role
+    ROLE_IP_ADAPTER: GuideModel.Role
+    GUIDE_ID_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PIPELINES_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    guide_id: str
+    role: GuideModel.Role
+    pipelines: _containers.RepeatedScalarFieldContainer[str]
+    base_model_id: str
+    size_bytes: int
+    def __init__(self, guide_id: _Optional[str] = ..., role: _Optional[_Union[GuideModel.Role, str]] = ..., pipelines: _Optional[_Iterable[str]] = ..., base_model_id: _Optional[str] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class LoraModel(_message.Message):
     __slots__ = ("lora_id", "base_model_id", "default_scale", "size_bytes")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x61rkroom/v1/control.proto\x12\x0b\x64\x61rkroom.v1\"v\n\x07\x43ontrol\x12\x15\n\rcontrolnet_id\x18\x01 \x01(\t\x12\r\n\x05image\x18\x02 \x01(\x0c\x12\x12\n\x05scale\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05start\x18\x04 \x01(\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_scaleB\x06\n\x04_endb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x64\x61rkroom/v1/control.proto\x12\x0b\x64\x61rkroom.v1\"v\n\x07\x43ontrol\x12\x15\n\rcontrolnet_id\x18\x01 \x01(\t\x12\r\n\x05image\x18\x02 \x01(\x0c\x12\x12\n\x05scale\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05start\x18\x04 \x01(\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_scaleB\x06\n\x04_end\"O\n\tIpAdapter\x12\x15\n\rip_adapter_id\x18\x01 \x01(\t\x12\r\n\x05image\x18\x02 \x01(\x0c\x12\x12\n\x05scale\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x08\n\x06_scaleb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,4 +33,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONTROL']._serialized_start=42
   _globals['_CONTROL']._serialized_end=160
+  _globals['_IPADAPTER']._serialized_start=162
+  _globals['_IPADAPTER']._serialized_end=241
 # @@protoc_insertion_point(module_scope)

@@ -15,7 +15,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DenoiseRequest(_message.Message):
-    __slots__ = ("request_id", "model_id", "embeddings", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "deterministic", "checkpoint_interval", "checkpoint", "from_step", "to_step", "epoch", "priority", "tenant", "run_id", "loras", "step_cache_threshold", "preview_interval", "frame_count", "image", "mask", "strength", "controls")
+    __slots__ = ("request_id", "model_id", "embeddings", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "deterministic", "checkpoint_interval", "checkpoint", "from_step", "to_step", "epoch", "priority", "tenant", "run_id", "loras", "step_cache_threshold", "preview_interval", "frame_count", "image", "mask", "strength", "controls", "ip_adapters")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +43,7 @@ class DenoiseRequest(_message.Message):
     MASK_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    IP_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_id: str
     embeddings: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.NamedTensor]
@@ -70,7 +71,8 @@ class DenoiseRequest(_message.Message):
     mask: bytes
     strength: float
     controls: _containers.RepeatedCompositeFieldContainer[_control_pb2.Control]
-    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., embeddings: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., deterministic: _Optional[bool] = ..., checkpoint_interval: _Optional[int] = ..., checkpoint: _Optional[_Union[_checkpoint_pb2.Checkpoint, _Mapping]] = ..., from_step: _Optional[int] = ..., to_step: _Optional[int] = ..., epoch: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., run_id: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., step_cache_threshold: _Optional[float] = ..., preview_interval: _Optional[int] = ..., frame_count: _Optional[int] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ...) -> None: ...
+    ip_adapters: _containers.RepeatedCompositeFieldContainer[_control_pb2.IpAdapter]
+    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., embeddings: _Optional[_Iterable[_Union[_tensor_pb2.NamedTensor, _Mapping]]] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., deterministic: _Optional[bool] = ..., checkpoint_interval: _Optional[int] = ..., checkpoint: _Optional[_Union[_checkpoint_pb2.Checkpoint, _Mapping]] = ..., from_step: _Optional[int] = ..., to_step: _Optional[int] = ..., epoch: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., run_id: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., step_cache_threshold: _Optional[float] = ..., preview_interval: _Optional[int] = ..., frame_count: _Optional[int] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., ip_adapters: _Optional[_Iterable[_Union[_control_pb2.IpAdapter, _Mapping]]] = ...) -> None: ...
 
 class DenoiseResponse(_message.Message):
     __slots__ = ("progress", "result", "alive")

@@ -55,7 +55,7 @@ class EncodeText(_message.Message):
     def __init__(self, model_id: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., guided: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ...) -> None: ...
 
 class Denoise(_message.Message):
-    __slots__ = ("model_id", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "loras", "step_cache_threshold", "preview_interval", "frame_count", "image", "mask", "strength", "controls", "from_step", "to_step")
+    __slots__ = ("model_id", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "loras", "step_cache_threshold", "preview_interval", "frame_count", "image", "mask", "strength", "controls", "ip_adapters", "from_step", "to_step")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     WIDTH_PX_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_PX_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,7 @@ class Denoise(_message.Message):
     MASK_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    IP_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     FROM_STEP_FIELD_NUMBER: _ClassVar[int]
     TO_STEP_FIELD_NUMBER: _ClassVar[int]
     model_id: str
@@ -90,9 +91,10 @@ class Denoise(_message.Message):
     mask: bytes
     strength: float
     controls: _containers.RepeatedCompositeFieldContainer[_control_pb2.Control]
+    ip_adapters: _containers.RepeatedCompositeFieldContainer[_control_pb2.IpAdapter]
     from_step: int
     to_step: int
-    def __init__(self, model_id: _Optional[str] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., step_cache_threshold: _Optional[float] = ..., preview_interval: _Optional[int] = ..., frame_count: _Optional[int] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., from_step: _Optional[int] = ..., to_step: _Optional[int] = ...) -> None: ...
+    def __init__(self, model_id: _Optional[str] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., step_cache_threshold: _Optional[float] = ..., preview_interval: _Optional[int] = ..., frame_count: _Optional[int] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., ip_adapters: _Optional[_Iterable[_Union[_control_pb2.IpAdapter, _Mapping]]] = ..., from_step: _Optional[int] = ..., to_step: _Optional[int] = ...) -> None: ...
 
 class Decode(_message.Message):
     __slots__ = ("model_id", "parameters")

@@ -30,7 +30,7 @@ from darkroom.v1 import vae_pb2 as darkroom_dot_v1_dot_vae__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64\x61rkroom/v1/router.proto\x12\x0b\x64\x61rkroom.v1\x1a\x19\x64\x61rkroom/v1/control.proto\x1a\x17\x64\x61rkroom/v1/graph.proto\x1a\x16\x64\x61rkroom/v1/lora.proto\x1a\x17\x64\x61rkroom/v1/stage.proto\x1a\x15\x64\x61rkroom/v1/vae.proto\x1a\x1egoogle/protobuf/duration.proto\"\xec\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\x15\n\x08width_px\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\theight_px\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nstep_count\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x04\x88\x01\x01\x12\x18\n\x0bimage_count\x18\n \x01(\x05H\x05\x88\x01\x01\x12\x11\n\tscheduler\x18\x0b \x01(\t\x12\x15\n\rdeterministic\x18\x0c \x01(\x08\x12 \n\x05loras\x18\r \x03(\x0b\x32\x11.darkroom.v1.Lora\x12\x1c\n\x14step_cache_threshold\x18\x0e \x01(\x01\x12\x18\n\x10preview_interval\x18\x0f \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x10 \x01(\x05\x12\x10\n\x08priority\x18\x11 \x01(\x05\x12\x0e\n\x06tenant\x18\x12 \x01(\t\x12\r\n\x05image\x18\x13 \x01(\x0c\x12\x0c\n\x04mask\x18\x14 \x01(\x0c\x12\x15\n\x08strength\x18\x15 \x01(\x01H\x06\x88\x01\x01\x12&\n\x08\x63ontrols\x18\x16 \x03(\x0b\x32\x14.darkroom.v1.ControlB\x0b\n\t_width_pxB\x0c\n\n_height_pxB\r\n\x0b_step_countB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0e\n\x0c_image_countB\x0b\n\t_strength\"\xb0\x01\n\x10GenerateResponse\x12\x30\n\x0cnode_started\x18\x01 \x01(\x0b\x32\x18.darkroom.v1.NodeStartedH\x00\x12\x32\n\rnode_progress\x18\x02 \x01(\x0b\x32\x19.darkroom.v1.NodeProgressH\x00\x12-\n\x06result\x18\x03 \x01(\x0b\x32\x1b.darkroom.v1.GenerateResultH\x00\x42\x07\n\x05\x65vent\"\x81\x01\n\x0fRunGraphRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05graph\x18\x02 \x01(\x0b\x32\x12.darkroom.v1.Graph\x12\x15\n\rdeterministic\x18\x03 \x01(\x08\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0e\n\x06tenant\x18\x05 \x01(\t\"\xb0\x01\n\x10RunGraphResponse\x12\x30\n\x0cnode_started\x18\x01 \x01(\x0b\x32\x18.darkroom.v1.NodeStartedH\x00\x12\x32\n\rnode_progress\x18\x02 \x01(\x0b\x32\x19.darkroom.v1.NodeProgressH\x00\x12-\n\x06result\x18\x03 \x01(\x0b\x32\x1b.darkroom.v1.RunGraphResultH\x00\x42\x07\n\x05\x65vent\"U\n\x0bNodeStarted\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x12\n\nreplica_id\x18\x03 \x01(\t\"g\n\x0cNodeProgress\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x12\n\nstep_count\x18\x03 \x01(\x05\x12$\n\x08previews\x18\x04 \x03(\x0b\x32\x12.darkroom.v1.Image\"\xce\x01\n\nNodeTiming\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x12\n\nreplica_id\x18\x03 \x01(\t\x12\x30\n\rcall_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0crun_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rattempt_count\x18\x06 \x01(\x05\"\xdc\x01\n\x0eGenerateResult\x12\"\n\x06images\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Image\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.darkroom.v1.NodeTiming\x12\x31\n\x0etotal_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15\x62\x61tched_forward_count\x18\x05 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_forward_count\x18\x06 \x01(\x05\"\x96\x01\n\x0eRunGraphResult\x12\'\n\x06images\x18\x01 \x03(\x0b\x32\x17.darkroom.v1.NodeImages\x12(\n\x07timings\x18\x02 \x03(\x0b\x32\x17.darkroom.v1.NodeTiming\x12\x31\n\x0etotal_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"A\n\nNodeImages\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.darkroom.v1.Image2\xa5\x01\n\rRouterService\x12I\n\x08Generate\x12\x1c.darkroom.v1.GenerateRequest\x1a\x1d.darkroom.v1.GenerateResponse0\x01\x12I\n\x08RunGraph\x12\x1c.darkroom.v1.RunGraphRequest\x1a\x1d.darkroom.v1.RunGraphResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64\x61rkroom/v1/router.proto\x12\x0b\x64\x61rkroom.v1\x1a\x19\x64\x61rkroom/v1/control.proto\x1a\x17\x64\x61rkroom/v1/graph.proto\x1a\x16\x64\x61rkroom/v1/lora.proto\x1a\x17\x64\x61rkroom/v1/stage.proto\x1a\x15\x64\x61rkroom/v1/vae.proto\x1a\x1egoogle/protobuf/duration.proto\"\x99\x05\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06prompt\x18\x03 \x01(\t\x12\x17\n\x0fnegative_prompt\x18\x04 \x01(\t\x12\x15\n\x08width_px\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x16\n\theight_px\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x17\n\nstep_count\x18\x07 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0eguidance_scale\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x03H\x04\x88\x01\x01\x12\x18\n\x0bimage_count\x18\n \x01(\x05H\x05\x88\x01\x01\x12\x11\n\tscheduler\x18\x0b \x01(\t\x12\x15\n\rdeterministic\x18\x0c \x01(\x08\x12 \n\x05loras\x18\r \x03(\x0b\x32\x11.darkroom.v1.Lora\x12\x1c\n\x14step_cache_threshold\x18\x0e \x01(\x01\x12\x18\n\x10preview_interval\x18\x0f \x01(\x05\x12\x13\n\x0b\x66rame_count\x18\x10 \x01(\x05\x12\x10\n\x08priority\x18\x11 \x01(\x05\x12\x0e\n\x06tenant\x18\x12 \x01(\t\x12\r\n\x05image\x18\x13 \x01(\x0c\x12\x0c\n\x04mask\x18\x14 \x01(\x0c\x12\x15\n\x08strength\x18\x15 \x01(\x01H\x06\x88\x01\x01\x12&\n\x08\x63ontrols\x18\x16 \x03(\x0b\x32\x14.darkroom.v1.Control\x12+\n\x0bip_adapters\x18\x17 \x03(\x0b\x32\x16.darkroom.v1.IpAdapterB\x0b\n\t_width_pxB\x0c\n\n_height_pxB\r\n\x0b_step_countB\x11\n\x0f_guidance_scaleB\x07\n\x05_seedB\x0e\n\x0c_image_countB\x0b\n\t_strength\"\xb0\x01\n\x10GenerateResponse\x12\x30\n\x0cnode_started\x18\x01 \x01(\x0b\x32\x18.darkroom.v1.NodeStartedH\x00\x12\x32\n\rnode_progress\x18\x02 \x01(\x0b\x32\x19.darkroom.v1.NodeProgressH\x00\x12-\n\x06result\x18\x03 \x01(\x0b\x32\x1b.darkroom.v1.GenerateResultH\x00\x42\x07\n\x05\x65vent\"\x81\x01\n\x0fRunGraphRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12!\n\x05graph\x18\x02 \x01(\x0b\x32\x12.darkroom.v1.Graph\x12\x15\n\rdeterministic\x18\x03 \x01(\x08\x12\x10\n\x08priority\x18\x04 \x01(\x05\x12\x0e\n\x06tenant\x18\x05 \x01(\t\"\xb0\x01\n\x10RunGraphResponse\x12\x30\n\x0cnode_started\x18\x01 \x01(\x0b\x32\x18.darkroom.v1.NodeStartedH\x00\x12\x32\n\rnode_progress\x18\x02 \x01(\x0b\x32\x19.darkroom.v1.NodeProgressH\x00\x12-\n\x06result\x18\x03 \x01(\x0b\x32\x1b.darkroom.v1.RunGraphResultH\x00\x42\x07\n\x05\x65vent\"U\n\x0bNodeStarted\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x12\n\nreplica_id\x18\x03 \x01(\t\"g\n\x0cNodeProgress\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x12\n\nstep_count\x18\x03 \x01(\x05\x12$\n\x08previews\x18\x04 \x03(\x0b\x32\x12.darkroom.v1.Image\"\xce\x01\n\nNodeTiming\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x12\n\nreplica_id\x18\x03 \x01(\t\x12\x30\n\rcall_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0crun_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rattempt_count\x18\x06 \x01(\x05\"\xdc\x01\n\x0eGenerateResult\x12\"\n\x06images\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Image\x12\x0c\n\x04seed\x18\x02 \x01(\x03\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.darkroom.v1.NodeTiming\x12\x31\n\x0etotal_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x15\x62\x61tched_forward_count\x18\x05 \x01(\x05\x12\x1c\n\x14\x63\x61\x63hed_forward_count\x18\x06 \x01(\x05\"\x96\x01\n\x0eRunGraphResult\x12\'\n\x06images\x18\x01 \x03(\x0b\x32\x17.darkroom.v1.NodeImages\x12(\n\x07timings\x18\x02 \x03(\x0b\x32\x17.darkroom.v1.NodeTiming\x12\x31\n\x0etotal_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"A\n\nNodeImages\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.darkroom.v1.Image2\xa5\x01\n\rRouterService\x12I\n\x08Generate\x12\x1c.darkroom.v1.GenerateRequest\x1a\x1d.darkroom.v1.GenerateResponse0\x01\x12I\n\x08RunGraph\x12\x1c.darkroom.v1.RunGraphRequest\x1a\x1d.darkroom.v1.RunGraphResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,25 +38,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'darkroom.v1.router_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=198
-  _globals['_GENERATEREQUEST']._serialized_end=818
-  _globals['_GENERATERESPONSE']._serialized_start=821
-  _globals['_GENERATERESPONSE']._serialized_end=997
-  _globals['_RUNGRAPHREQUEST']._serialized_start=1000
-  _globals['_RUNGRAPHREQUEST']._serialized_end=1129
-  _globals['_RUNGRAPHRESPONSE']._serialized_start=1132
-  _globals['_RUNGRAPHRESPONSE']._serialized_end=1308
-  _globals['_NODESTARTED']._serialized_start=1310
-  _globals['_NODESTARTED']._serialized_end=1395
-  _globals['_NODEPROGRESS']._serialized_start=1397
-  _globals['_NODEPROGRESS']._serialized_end=1500
-  _globals['_NODETIMING']._serialized_start=1503
-  _globals['_NODETIMING']._serialized_end=1709
-  _globals['_GENERATERESULT']._serialized_start=1712
-  _globals['_GENERATERESULT']._serialized_end=1932
-  _globals['_RUNGRAPHRESULT']._serialized_start=1935
-  _globals['_RUNGRAPHRESULT']._serialized_end=2085
-  _globals['_NODEIMAGES']._serialized_start=2087
-  _globals['_NODEIMAGES']._serialized_end=2152
-  _globals['_ROUTERSERVICE']._serialized_start=2155
-  _globals['_ROUTERSERVICE']._serialized_end=2320
+  _globals['_GENERATEREQUEST']._serialized_end=863
+  _globals['_GENERATERESPONSE']._serialized_start=866
+  _globals['_GENERATERESPONSE']._serialized_end=1042
+  _globals['_RUNGRAPHREQUEST']._serialized_start=1045
+  _globals['_RUNGRAPHREQUEST']._serialized_end=1174
+  _globals['_RUNGRAPHRESPONSE']._serialized_start=1177
+  _globals['_RUNGRAPHRESPONSE']._serialized_end=1353
+  _globals['_NODESTARTED']._serialized_start=1355
+  _globals['_NODESTARTED']._serialized_end=1440
+  _globals['_NODEPROGRESS']._serialized_start=1442
+  _globals['_NODEPROGRESS']._serialized_end=1545
+  _globals['_NODETIMING']._serialized_start=1548
+  _globals['_NODETIMING']._serialized_end=1754
+  _globals['_GENERATERESULT']._serialized_start=1757
+  _globals['_GENERATERESULT']._serialized_end=1977
+  _globals['_RUNGRAPHRESULT']._serialized_start=1980
+  _globals['_RUNGRAPHRESULT']._serialized_end=2130
+  _globals['_NODEIMAGES']._serialized_start=2132
+  _globals['_NODEIMAGES']._serialized_end=2197
+  _globals['_ROUTERSERVICE']._serialized_start=2200
+  _globals['_ROUTERSERVICE']._serialized_end=2365
 # @@protoc_insertion_point(module_scope)

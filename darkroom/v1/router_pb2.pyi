@@ -15,7 +15,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model_id", "prompt", "negative_prompt", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "deterministic", "loras", "step_cache_threshold", "preview_interval", "frame_count", "priority", "tenant", "image", "mask", "strength", "controls")
+    __slots__ = ("request_id", "model_id", "prompt", "negative_prompt", "width_px", "height_px", "step_count", "guidance_scale", "seed", "image_count", "scheduler", "deterministic", "loras", "step_cache_threshold", "preview_interval", "frame_count", "priority", "tenant", "image", "mask", "strength", "controls", "ip_adapters")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class GenerateRequest(_message.Message):
     MASK_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    IP_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model_id: str
     prompt: str
@@ -60,7 +61,8 @@ class GenerateRequest(_message.Message):
     mask: bytes
     strength: float
     controls: _containers.RepeatedCompositeFieldContainer[_control_pb2.Control]
-    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., deterministic: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., step_cache_threshold: _Optional[float] = ..., preview_interval: _Optional[int] = ..., frame_count: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ...) -> None: ...
+    ip_adapters: _containers.RepeatedCompositeFieldContainer[_control_pb2.IpAdapter]
+    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width_px: _Optional[int] = ..., height_px: _Optional[int] = ..., step_count: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., seed: _Optional[int] = ..., image_count: _Optional[int] = ..., scheduler: _Optional[str] = ..., deterministic: _Optional[bool] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., step_cache_threshold: _Optional[float] = ..., preview_interval: _Optional[int] = ..., frame_count: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., controls: _Optional[_Iterable[_Union[_control_pb2.Control, _Mapping]]] = ..., ip_adapters: _Optional[_Iterable[_Union[_control_pb2.IpAdapter, _Mapping]]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("node_started", "node_progress", "result")

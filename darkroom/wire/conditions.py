@@ -12,6 +12,8 @@ from darkroom.wire import fields
 
 MAX_CONTROLS = 4
 MAX_CONTROL_SCALE = 10.0
+MAX_IP_ADAPTERS = 4
+MAX_IP_ADAPTER_SCALE = 10.0
 MAX_FILE_BYTES = 20 << 20
 
 
@@ -31,6 +33,17 @@ class ControlUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IpAdapterUse:
+    """An IP-Adapter as a request asks for it."""
+
+    adapter_id: str
+    image: bytes
+    """A PNG, JPEG or WebP file of any size."""
+    scale: float
+    """Factor of what it adds; 1 is as trained."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConditionFiles:
     """Files are PNG, JPEG or WebP; empty means none."""
 
@@ -39,6 +52,7 @@ class ConditionFiles:
     strength: float | None = None
     """Share of the steps that are done, from the image with as much noise; None means the pipeline's default."""
     controls: tuple[ControlUse, ...] = ()
+    ip_adapters: tuple[IpAdapterUse, ...] = ()
 
     def digests(self) -> list[object]:
         """What tells these conditions from others, as JSON."""
@@ -47,6 +61,7 @@ class ConditionFiles:
             _digest(self.mask),
             self.strength,
             [[use.controlnet_id, _digest(use.image), use.scale, use.start, use.end] for use in self.controls],
+            [[use.adapter_id, _digest(use.image), use.scale] for use in self.ip_adapters],
         ]
 
 
@@ -63,6 +78,9 @@ class _Message(Protocol):
     @property
     def controls(self) -> Iterable[control_pb2.Control]: ...
 
+    @property
+    def ip_adapters(self) -> Iterable[control_pb2.IpAdapter]: ...
+
     def HasField(self, name: str, /) -> bool: ...
 
 
@@ -78,7 +96,11 @@ def parse_conditions(message: _Message) -> ConditionFiles:
     if strength is not None and not (math.isfinite(strength) and 0 < strength <= 1):
         raise InvalidField("strength", f"must be above 0 to 1, not {strength}")
     return ConditionFiles(
-        image=message.image, mask=message.mask, strength=strength, controls=_parse_controls(message.controls)
+        image=message.image,
+        mask=message.mask,
+        strength=strength,
+        controls=_parse_controls(message.controls),
+        ip_adapters=_parse_ip_adapters(message.ip_adapters),
     )
 
 
@@ -97,6 +119,11 @@ def fill(message: _Message, conditions: ConditionFiles) -> None:
         )
         for use in conditions.controls
     )
+    ip_adapters: list[control_pb2.IpAdapter] = message.ip_adapters  # type: ignore[assignment]
+    ip_adapters.extend(
+        control_pb2.IpAdapter(ip_adapter_id=use.adapter_id, image=use.image, scale=use.scale)
+        for use in conditions.ip_adapters
+    )
 
 
 def _parse_controls(messages: Iterable[control_pb2.Control]) -> tuple[ControlUse, ...]:
@@ -105,12 +132,7 @@ def _parse_controls(messages: Iterable[control_pb2.Control]) -> tuple[ControlUse
         field = f"controls[{position}]"
         if position >= MAX_CONTROLS:
             raise InvalidField("controls", f"must be at most {MAX_CONTROLS}")
-        if not message.image:
-            raise InvalidField(f"{field}.image", "must not be empty")
-        _check_file(f"{field}.image", message.image)
-        scale = message.scale if message.HasField("scale") else 1.0
-        if not 0 <= scale <= MAX_CONTROL_SCALE:
-            raise InvalidField(f"{field}.scale", f"must be 0 to {MAX_CONTROL_SCALE:g}, not {scale}")
+        scale = _check_use(field, message, MAX_CONTROL_SCALE)
         end = message.end if message.HasField("end") else 1.0
         if not 0 <= message.start < end <= 1:
             raise InvalidField(f"{field}.end", f"must be above start, {message.start}, and at most 1, not {end}")
@@ -119,6 +141,29 @@ def _parse_controls(messages: Iterable[control_pb2.Control]) -> tuple[ControlUse
             ControlUse(controlnet_id=controlnet_id, image=message.image, scale=scale, start=message.start, end=end)
         )
     return tuple(uses)
+
+
+def _parse_ip_adapters(messages: Iterable[control_pb2.IpAdapter]) -> tuple[IpAdapterUse, ...]:
+    uses: list[IpAdapterUse] = []
+    for position, message in enumerate(messages):
+        field = f"ip_adapters[{position}]"
+        if position >= MAX_IP_ADAPTERS:
+            raise InvalidField("ip_adapters", f"must be at most {MAX_IP_ADAPTERS}")
+        scale = _check_use(field, message, MAX_IP_ADAPTER_SCALE)
+        adapter_id = fields.check_model_id(message.ip_adapter_id, f"{field}.ip_adapter_id")
+        uses.append(IpAdapterUse(adapter_id=adapter_id, image=message.image, scale=scale))
+    return tuple(uses)
+
+
+def _check_use(field: str, message: control_pb2.Control | control_pb2.IpAdapter, max_scale: float) -> float:
+    """The scale. Raises InvalidField unless there is a picture too."""
+    if not message.image:
+        raise InvalidField(f"{field}.image", "must not be empty")
+    _check_file(f"{field}.image", message.image)
+    scale = message.scale if message.HasField("scale") else 1.0
+    if not 0 <= scale <= max_scale:
+        raise InvalidField(f"{field}.scale", f"must be 0 to {max_scale:g}, not {scale}")
+    return scale
 
 
 def _check_file(field: str, data: bytes) -> None:

@@ -23,7 +23,7 @@ async def keep_catalogue(registry: Registry, model_store: Path, *, interval_s: f
                 _log.warning("model_refused", folder=folder[:64], problem=problem)
         said = refused
         try:
-            await publish_catalogue(registry, (*listing.models, *listing.loras))
+            await publish_catalogue(registry, listing.entries)
         except RegistryUnavailable as error:
             _log.warning("catalogue_not_published", problem=error.message)
         await asyncio.sleep(interval_s)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from darkroom.errors import InvalidField, ModelNotFound, RegistryUnavailable
-from darkroom.registry.catalogue import LoraEntry, ModelEntry
+from darkroom.registry.catalogue import GuideEntry, LoraEntry, ModelEntry
 from darkroom.registry.membership import ClusterView
 from darkroom.registry.port import Member
 
@@ -39,6 +39,10 @@ class Holdings:
     def loras(self) -> tuple[LoraEntry, ...]:
         """The catalogue's LoRAs, by id."""
         return self._ready().loras()
+
+    def guides(self) -> tuple[GuideEntry, ...]:
+        """The catalogue's ControlNets and IP-Adapters, by id."""
+        return self._ready().guides()
 
     def describe(self) -> tuple[Holding, ...]:
         """Every stage replica that is up."""

@@ -2,7 +2,7 @@
 
 import grpc
 
-from darkroom.registry.catalogue import LoraEntry, ModelEntry
+from darkroom.registry.catalogue import GuideEntry, LoraEntry, ModelEntry
 from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, stage_pb2
 from darkroom.wire import fields
 from services.cachemgr.holdings import Holding, Holdings
@@ -22,6 +22,7 @@ class CacheManagerServicer(cachemgr_pb2_grpc.CacheManagerServiceServicer):
         return cachemgr_pb2.ListModelsResponse(
             models=[_model(entry) for entry in self._holdings.models()],
             loras=[_lora(entry) for entry in self._holdings.loras()],
+            guides=[_guide(entry) for entry in self._holdings.guides()],
         )
 
     async def Locate(
@@ -64,6 +65,16 @@ def _lora(entry: LoraEntry) -> cachemgr_pb2.LoraModel:
         lora_id=entry.lora_id,
         base_model_id=entry.base_model or "",
         default_scale=entry.default_scale,
+        size_bytes=entry.size_bytes,
+    )
+
+
+def _guide(entry: GuideEntry) -> cachemgr_pb2.GuideModel:
+    return cachemgr_pb2.GuideModel(
+        guide_id=entry.guide_id,
+        role=f"ROLE_{entry.role.upper()}",
+        pipelines=entry.pipelines,
+        base_model_id=entry.base_model or "",
         size_bytes=entry.size_bytes,
     )
 

@@ -5,6 +5,7 @@ import asyncio
 import torch
 
 from darkroom.models.controlnets import ControlNets
+from darkroom.models.ip_adapters import IpAdapters
 from darkroom.runtime.config import read_config
 from darkroom.runtime.server import Mounted
 from darkroom.runtime.stage import StageProcess
@@ -22,8 +23,10 @@ async def main(config: DenoiserConfig) -> None:
     if config.controlnets_only:
         await process.run_for_others(controlnets)
         return
-    process.replica.controlnets = controlnets
-    servicer = DenoiserServicer(Denoising(process.replica, process.source, controlnets), process.shelf)
+    process.replica.share(controlnets)
+    ip_adapters = IpAdapters(config.model_store, process.send)
+    denoising = Denoising(process.replica, process.source, controlnets, ip_adapters)
+    servicer = DenoiserServicer(denoising, process.shelf)
     await process.run(
         Mounted(
             lambda server: denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server),

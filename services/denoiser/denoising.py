@@ -10,6 +10,7 @@ from darkroom.models import checks
 from darkroom.models.checkpoints import to_checkpoint, to_snapshot
 from darkroom.models.controlnets import ControlNets
 from darkroom.models.denoising import denoise, preview_of
+from darkroom.models.ip_adapters import IpAdapters
 from darkroom.models.journal import Journal, StepDone
 from darkroom.models.loader import Part
 from darkroom.models.program import Ticket
@@ -61,9 +62,12 @@ Event = Step | Denoised | Alive
 class Denoising:
     """Denoises requests on one replica."""
 
-    def __init__(self, replica: StageReplica, source: TensorSource, controlnets: ControlNets) -> None:
+    def __init__(
+        self, replica: StageReplica, source: TensorSource, controlnets: ControlNets, ip_adapters: IpAdapters
+    ) -> None:
         """Runs on `replica`; embeddings that came by ref are fetched through `source`."""
-        self._replica, self._source, self._controlnets = replica, source, controlnets
+        self._replica, self._source = replica, source
+        self._controlnets, self._ip_adapters = controlnets, ip_adapters
         self._attempts = Attempts()
 
     async def denoise(self, task: DenoiseTask, deadline_s: float) -> AsyncGenerator[Event, None]:
@@ -96,9 +100,10 @@ class Denoising:
     async def _run(self, task: DenoiseTask, deadline_s: float, events: "asyncio.Queue[Step | None]") -> Denoised:
         async with self._replica.accepted():
             part = await self._replica.part(task.model_id)
+            checks.check_request(part, task)
+            part = await self._ip_adapters.adapted(part, [use.adapter_id for use in task.conditions.ip_adapters])
             raw = await self._source.bring_all(task.embeddings)
             embeddings = {name: to_torch(value) for name, value in raw.items()}
-            checks.check_request(part, task)
             checks.check_embeddings(part, task, embeddings)
             journal = _journal(task, part, deadline_s)
             loop, digest = asyncio.get_running_loop(), task.digest
@@ -145,7 +150,7 @@ class Denoising:
             check_conditions(part, UNCONDITIONED, task.step_count)
             return UNCONDITIONED
         nets = [await self._controlnets.get(use.controlnet_id) for use in asked.controls]
-        read = partial(read_conditions, asked, nets, width_px=task.width_px, height_px=task.height_px)
+        read = partial(read_conditions, part, asked, nets, width_px=task.width_px, height_px=task.height_px)
         conditions = await asyncio.to_thread(read)
         check_conditions(part, conditions, task.step_count)
         return conditions

@@ -1,7 +1,13 @@
 """Wires the encoder together: `python -m services.encoder`."""
 
 import asyncio
+from functools import partial
 
+import torch
+
+from darkroom.models.image_encoders import is_ip_adapter, load_image_encoder
+from darkroom.models.lone import OnDemand
+from darkroom.models.networks import Held
 from darkroom.runtime.config import read_config
 from darkroom.runtime.server import Mounted
 from darkroom.runtime.stage import StageProcess
@@ -17,11 +23,19 @@ async def main(config: EncoderConfig) -> None:
     process = StageProcess("encoder", config)
     encoding = Encoding(process.replica, EmbeddingCache(limit_bytes=config.embedding_cache_bytes))
     servicer = EncoderServicer(encoding, process.shelf)
+    images = OnDemand(partial(load_image_encoder, config.model_store, device=torch.device(config.device)))
+    process.replica.share(images)
+
+    async def held(model_id: str) -> Held:
+        is_alone = is_ip_adapter(config.model_store / model_id)
+        return await (images.get(model_id) if is_alone else process.replica.part(model_id))
+
     await process.run(
         Mounted(
             lambda server: encoder_pb2_grpc.add_EncoderServiceServicer_to_server(servicer, server),
             "darkroom.v1.EncoderService",
-        )
+        ),
+        held=held,
     )
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from darkroom import __version__
 from darkroom.errors import InvalidField, InvalidGraph, LoraNotFound, ModelNotFound, RegistryUnavailable
-from darkroom.registry.catalogue import ModelEntry
+from darkroom.families import FAMILIES
+from darkroom.registry.catalogue import CONTROLNET, IP_ADAPTER, ModelEntry
 from darkroom.registry.membership import ClusterView
 from darkroom.wire import fields
 from darkroom.wire.conditions import NO_CONDITIONS, ConditionFiles
@@ -68,7 +69,7 @@ def plan_generation(request: Prompted, view: ClusterView) -> Plan:
         frame_count=request.frame_count,
         conditions=request.conditions,
     )
-    _check_denoise(denoise, entry)
+    _check_denoise(denoise, entry, view)
     _check_loras(request.loras, request.model_id, view)
     encode = EncodeTextWork(
         model_id=request.model_id,
@@ -96,7 +97,7 @@ def check_against_catalogue(graph: Graph, view: ClusterView) -> None:
             try:
                 _check_loras(node.work.loras, node.work.model_id, view)
                 if isinstance(node.work, DenoiseWork):
-                    _check_denoise(node.work, entry)
+                    _check_denoise(node.work, entry, view)
             except InvalidField as error:
                 raise InvalidGraph(node.node_id, f"has a wrong field: {error.message}") from error
 
@@ -131,7 +132,24 @@ def _changes_encoder(use: LoraUse, view: ClusterView) -> bool:
     return entry is not None and "encoder" in entry.stages
 
 
-def _check_denoise(work: DenoiseWork, entry: ModelEntry) -> None:
+def _check_guides(guide_ids: Sequence[str], field: str, role: str, model: ModelEntry, view: ClusterView) -> None:
+    """Raises ModelNotFound, or InvalidField for one of another role, or that leads other models."""
+    for position, guide_id in enumerate(guide_ids):
+        entry = view.guide(guide_id)
+        if entry is None:
+            raise ModelNotFound(guide_id)
+        if entry.role != role:
+            raise InvalidField(f"{field}[{position}]", f"({guide_id}) is no {role} but a {entry.role}")
+        if FAMILIES.get(model.pipeline) and model.pipeline not in entry.pipelines:
+            raise InvalidField(f"{field}[{position}]", f"({guide_id}) leads no {model.pipeline}")
+        if entry.base_model not in (None, model.model_id):
+            raise InvalidField(f"{field}[{position}]", f"({guide_id}) is made for model {entry.base_model}")
+
+
+def _check_denoise(work: DenoiseWork, entry: ModelEntry, view: ClusterView) -> None:
+    conditions = work.conditions
+    _check_guides([use.controlnet_id for use in conditions.controls], "controls", CONTROLNET, entry, view)
+    _check_guides([use.adapter_id for use in conditions.ip_adapters], "ip_adapters", IP_ADAPTER, entry, view)
     fields.check_size(work.width_px, work.height_px, entry.size_multiple_px)
     fields.check_pixels(work.width_px, work.height_px, work.image_count)
     fields.check_scheduler(work.scheduler, entry.schedulers)

@@ -14,6 +14,7 @@ import diffusers
 import grpc
 import numpy as np
 import pytest
+import pytest_asyncio
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 from PIL import Image
@@ -22,10 +23,11 @@ from darkroom.client import Client, Drawing
 from darkroom.errors import InvalidField, ModelNotFound
 from darkroom.runtime.cluster import LocalCluster
 from darkroom.v1 import denoiser_pb2, denoiser_pb2_grpc, encoder_pb2, encoder_pb2_grpc
-from darkroom.wire.conditions import ConditionFiles, ControlUse
+from darkroom.wire.conditions import ConditionFiles, ControlUse, IpAdapterUse
 from tests.models.oracle import NEGATIVE, SIZE_PX
 from tests.models.variant_runs import mask, picture
-from tests.tiny.variants import save_variants
+from tests.tiny.ip_adapters import WEIGHTS, save_ip_adapter
+from tests.tiny.variants import CONTROLNETS, save_variants
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 SD = Drawing(
@@ -41,9 +43,16 @@ SD = Drawing(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def controlnets(store: Path) -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="session", autouse=True)
+async def guides(store: Path, cluster: LocalCluster) -> None:
+    """ControlNets and IP-Adapters, once the catalogue has read the store again."""
     save_variants(store)
+    for adapter_id in ("ip-sd", "ip-sd-plus"):
+        save_ip_adapter(store, adapter_id)
+    cachemgr = Client(router_address="", cachemgr_address=cluster.addresses.cachemgr)
+    async with asyncio.timeout(30), cachemgr as client:
+        while len((await client.catalogue()).guides) < len(CONTROLNETS) + 2:
+            await asyncio.sleep(0.2)
 
 
 def file(image: Image.Image) -> bytes:
@@ -63,6 +72,9 @@ def plainly(store: Path, kind: str, **more: object) -> np.ndarray:
         components["controlnet"] = ControlNetModel.from_pretrained(store / "control-sd")
     pipeline = getattr(diffusers, kind)(**components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
+    if "ip_adapter_image" in more:
+        pipeline.load_ip_adapter(str(store / "ip-sd-plus"), subfolder="", weight_name=WEIGHTS)
+        pipeline.set_ip_adapter_scale(0.7)
     return np.asarray(
         pipeline(
             SD.prompt,
@@ -75,10 +87,11 @@ def plainly(store: Path, kind: str, **more: object) -> np.ndarray:
     ).astype(int)
 
 
+PROMPTED = IpAdapterUse(adapter_id="ip-sd-plus", image=file(picture(21, size=(50, 40))), scale=0.7)
 CONTROL = ControlUse(controlnet_id="control-sd", image=file(picture(12)), scale=0.8, start=0.0, end=1.0)
 
 
-async def test_image_to_image_inpaint_and_controlnet_match_plain_diffusers(client: Client, store: Path) -> None:
+async def test_pictures_and_what_leads_them_match_plain_diffusers(client: Client, store: Path) -> None:
     cases = [
         (
             ConditionFiles(image=file(picture(1)), strength=0.6),
@@ -98,6 +111,13 @@ async def test_image_to_image_inpaint_and_controlnet_match_plain_diffusers(clien
                 width=SIZE_PX, height=SIZE_PX,
             ),
         ),
+        (
+            ConditionFiles(ip_adapters=(PROMPTED,)),
+            plainly(
+                store, "StableDiffusionPipeline", ip_adapter_image=picture(21, size=(50, 40)),
+                width=SIZE_PX, height=SIZE_PX,
+            ),
+        ),
     ]  # fmt: skip
     for conditions, expected in cases:
         drawn = await client.draw(replace(SD, conditions=conditions))
@@ -110,12 +130,39 @@ async def test_wrong_pictures_and_controlnets_are_refused_by_name(client: Client
         (ConditionFiles(image=file(picture(1).resize((16, 16)))), "image"),
         (ConditionFiles(image=file(picture(1)), mask=file(mask().resize((64, 64)))), "mask"),
         (ConditionFiles(controls=(replace(CONTROL, image=b"text named .png"),)), "controls[0].image"),
+        (ConditionFiles(controls=(replace(CONTROL, controlnet_id="ip-sd"),)), "controls[0]"),
+        (ConditionFiles(controls=(replace(CONTROL, controlnet_id="control-flux"),)), "controls[0]"),
+        (ConditionFiles(ip_adapters=(replace(PROMPTED, image=b"GIF89a" + bytes(100)),)), "ip_adapters[0].image"),
+        (ConditionFiles(ip_adapters=(replace(PROMPTED, adapter_id="control-sd"),)), "ip_adapters[0]"),
     ):
         with pytest.raises(InvalidField) as refused:
             await client.draw(replace(SD, conditions=conditions))
         assert refused.value.facts["field"] == field
-    with pytest.raises(ModelNotFound):
-        await client.draw(replace(SD, conditions=ConditionFiles(controls=(replace(CONTROL, controlnet_id="none"),))))
+    for unknown in (
+        ConditionFiles(controls=(replace(CONTROL, controlnet_id="none"),)),
+        ConditionFiles(ip_adapters=(replace(PROMPTED, adapter_id="none"),)),
+    ):
+        with pytest.raises(ModelNotFound):
+            await client.draw(replace(SD, conditions=unknown))
+
+
+async def test_the_command_takes_pictures(client: Client, tmp_path: Path, cluster: LocalCluster) -> None:
+    (tmp_path / "in.png").write_bytes(file(picture(21, size=(50, 40))))
+    drawn = await client.draw(replace(SD, conditions=ConditionFiles(ip_adapters=(PROMPTED,))))
+    command = [
+        *(str(Path(sys.executable).parent / "darkroom"), "run", SD.prompt, "-o", str(tmp_path / "out.png")),
+        *("--model", "tiny-sd", "--size", f"{SIZE_PX}x{SIZE_PX}", "--steps", "6", "--guidance", "4", "--seed", "3"),
+        *("--negative", NEGATIVE, "--deterministic", "--router", cluster.addresses.router),
+    ]
+
+    async def run(*options: str) -> int:
+        process = await asyncio.create_subprocess_exec(*command, *options, cwd=tmp_path)
+        return await process.wait()
+
+    assert await run("--ip-adapter", "ip-sd-plus:0.7=in.png") == 0
+    assert np.array_equal(pixels((tmp_path / "out.png").read_bytes()), pixels(drawn.images[0]))
+    assert await run("--ip-adapter", "ip-sd-plus") == 2
+    assert await run("--image", "none.png") == 2
 
 
 @asynccontextmanager

@@ -1,6 +1,5 @@
 """The denoiser on a CUDA device, against plain diffusers on the same device: `make gpu` runs it, others skip it."""
 
-import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from darkroom.models.journal import Journal, Snapshot, StepDone
 from darkroom.models.loader import Part, load_part
 from darkroom.models.program import Ticket
 from tests.models.denoise_runs import Asked, embeddings_of
+from tests.models.oracle import held_up
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,13 +44,12 @@ def plainly(store: Path, part: Part, asked: Asked) -> torch.Tensor:
 
 def run_all(part: Part, requests: list[Asked], *, alone: bool) -> list[tuple[torch.Tensor, Ticket]]:
     """All requests wait when the first one starts."""
-    executor, gate, runs = Executor(max_batch_rows=16), threading.Event(), []
-    executor.submit(partial(gate.wait, 60))
-    for asked in requests:
-        ticket = Ticket(alone=alone)
-        program = partial(denoise, part, asked.task(), embeddings_of(part, asked.guidance_scale), Journal(ticket))
-        runs.append((executor.submit(program, ticket=ticket)[0], ticket))
-    gate.set()
+    executor, runs = Executor(max_batch_rows=16), []
+    with held_up(executor):
+        for asked in requests:
+            ticket = Ticket(alone=alone)
+            program = partial(denoise, part, asked.task(), embeddings_of(part, asked.guidance_scale), Journal(ticket))
+            runs.append((executor.submit(program, ticket=ticket)[0], ticket))
     try:
         return [(future.result(120), ticket) for future, ticket in runs]
     finally:

@@ -1,8 +1,9 @@
 """Plain diffusers beside the stages: the same model, prompts, seeds, steps and guidance in one process."""
 
+import contextlib
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -94,8 +95,8 @@ def decode_task(part: Part) -> DecodeTask:
 class Plain:
     """The whole pipeline, as diffusers loads and runs it."""
 
-    def __init__(self, store: Path, model_id: str, part: Part) -> None:
-        self._pipeline = DiffusionPipeline.from_pretrained(store / model_id)
+    def __init__(self, store: Path, model_id: str, part: Part, *, dtype: torch.dtype = torch.float32) -> None:
+        self._pipeline = DiffusionPipeline.from_pretrained(store / model_id, dtype=dtype)
         self._pipeline.set_progress_bar_config(disable=True)
         self._family = part.family
 
@@ -132,21 +133,35 @@ def encoded(executor: Executor, part: Part, wanted: Wanted) -> dict[str, torch.T
     return {name: to_torch(to_raw(tensor)) for name, tensor in answer.items()}
 
 
+@contextlib.contextmanager
+def held_up(executor: Executor) -> Iterator[None]:
+    """Nothing that is submitted inside starts before all of it is there."""
+    is_holding, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        is_holding.set()
+        gate.wait(60)
+
+    executor.submit(hold)
+    assert is_holding.wait(60)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
 def denoised(
     executor: Executor, part: Part, requests: Sequence[tuple[Wanted, dict[str, torch.Tensor]]], *, alone: bool
 ) -> list[tuple[torch.Tensor, Ticket]]:
     """Latents of requests that all wait when the first one starts."""
-    gate = threading.Event()
-    executor.submit(partial(gate.wait, 60))
     runs = []
-    for wanted, embeddings in requests:
-        task, ticket = denoise_task(part, wanted), Ticket(alone=alone)
-        checks.check_request(part, task)
-        checks.check_embeddings(part, task, embeddings)
-        runs.append(
-            (executor.submit(partial(denoise, part, task, embeddings, Journal(ticket)), ticket=ticket)[0], ticket)
-        )
-    gate.set()
+    with held_up(executor):
+        for wanted, embeddings in requests:
+            task, ticket = denoise_task(part, wanted), Ticket(alone=alone)
+            checks.check_request(part, task)
+            checks.check_embeddings(part, task, embeddings)
+            program = partial(denoise, part, task, embeddings, Journal(ticket))
+            runs.append((executor.submit(program, ticket=ticket)[0], ticket))
     return [(future.result(60), ticket) for future, ticket in runs]
 
 

@@ -11,8 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from darkroom.families import FAMILIES, UNSUPPORTED, Family
+import diffusers
+from PIL import Image
+
+from darkroom.errors import InvalidField
+from darkroom.families import CONTROLNETS, FAMILIES, IP_ADAPTED, UNSUPPORTED, Family
+from darkroom.models.variants import Conditions, variant_class
 from tests.models.oracle import REQUESTS, SIZE_PX, compare
+from tests.models.variant_runs import CASES
 from tests.tiny_models import TINY_MODELS, WITHOUT_ROW, save_tiny_model
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -35,8 +41,22 @@ _TABLE = """
 | pipeline | denoiser | text encoders | draws | batched | alone | pixels |
 |---|---|---|---|---|---|---|
 """
-_NOTES = """
+_TASKS = """
 Where a class has a model of its own kind, as Wan has with two experts, the row's figures are the worst of its models.
+
+## Beside text
+
+What a request can have beside its prompt. **Measured**: alone equal to plain diffusers bit for bit, in batches within
+1e-5, by `tests/models/test_variants.py`. **Runs**: by the same code, on the class that diffusers has for it, not
+measured.
+
+| pipeline | image to image | inpaint | ControlNet | image and ControlNet | IP-Adapter |
+|---|---|---|---|---|---|
+"""
+_NOTES = """
+A class without ControlNets has none in diffusers, or one that cannot be repeated or told from its denoiser: SD3's draws
+noise from the process's own source, Z-Image's borrows layers of the denoiser. SDXL's refiner takes over from SDXL at
+any step.
 
 ## Without a row
 
@@ -88,7 +108,41 @@ def page(figures: Mapping[str, Mapping[str, Any]]) -> str:
     tried = next(figure["pipeline"] for figure in figures.values() if figure["pipeline"] not in FAMILIES)
     reasons = [f"| `{name}` | {reason} |" for name, reason in UNSUPPORTED.items()]
     notes = _NOTES.format(tried=tried, limits="".join(f"{limit}\n" for limit in limits))
-    return _HEAD + _TABLE + "\n".join(rows) + "\n" + notes + "\n".join(reasons) + "\n"
+    tasks = [_task_row(name) for name in FAMILIES if any(word != "–" for word in _tasks(name).values())]
+    parts = (_HEAD, _TABLE, "\n".join(rows), "\n", _TASKS, "\n".join(tasks), "\n", notes, "\n".join(reasons), "\n")
+    return "".join(parts)
+
+
+def _task_row(pipeline: str) -> str:
+    return f"| `{pipeline}` | " + " | ".join(_tasks(pipeline).values()) + " |"
+
+
+def _tasks(pipeline: str) -> dict[str, str]:
+    """What becomes of each task with this class: measured, runs, or –."""
+    picture = Image.new("RGB", (1, 1))
+    some: Any = (None,)
+    asked = {
+        "image": Conditions(image=picture),
+        "mask": Conditions(image=picture, mask=picture),
+        "control": Conditions(controls=some),
+        "image control": Conditions(image=picture, controls=some),
+        "ip": Conditions(ip_prompts=some),
+    }
+    return {task: _word(pipeline, conditions) for task, conditions in asked.items()}
+
+
+def _word(pipeline: str, conditions: Conditions) -> str:
+    has_control = any(pipeline in led for led in CONTROLNETS.values())
+    if (conditions.controls and not has_control) or (conditions.ip_prompts and pipeline not in IP_ADAPTED):
+        return "–"
+    try:
+        kind = variant_class(getattr(diffusers, pipeline), conditions)
+    except InvalidField:
+        return "–"
+    measured = any(
+        case.plain == kind.__name__ and bool(case.ip_adapters) == bool(conditions.ip_prompts) for case in CASES.values()
+    )
+    return "measured" if measured else "runs"
 
 
 def _row(family: Family, measured: list[Mapping[str, Any]]) -> str:

@@ -25,10 +25,12 @@ from darkroom.wire.tasks import LoraUse
 from tests.tiny_loras import (
     denoiser_of,
     diffusers_names,
+    dora_names,
     factors,
     is_any,
     is_attention,
     kohya_names,
+    magnitudes,
     save_lora,
     save_lora_for,
 )
@@ -161,6 +163,7 @@ async def test_requests_with_other_loras_share_batches_and_match_diffusers(
 ) -> None:
     for seed, lora_id in enumerate(("ink", "chalk")):
         save_lora_for(store, lora_id, tiny_store / model_id, seed=seed, rank=3 + seed)
+    save_lora_for(store, "dora", tiny_store / model_id, seed=2, dora=True)
     part = load_part(tiny_store, model_id, "denoiser", torch.device("cpu"))
     requests: tuple[Uses, ...] = (
         (),
@@ -169,6 +172,10 @@ async def test_requests_with_other_loras_share_batches_and_match_diffusers(
         (("chalk", 1.0),),
         (("ink", 1.0), ("chalk", 0.5)),
         (("chalk", 0.5), ("ink", 1.0)),
+        (("dora", 0.7),),
+        (("dora", -1.3),),
+        (("dora", 1.0), ("ink", 0.5)),
+        (("ink", 0.5), ("dora", 1.0)),
     )
     await check_against_diffusers(tiny_store, part, store, executor, requests)
 
@@ -234,8 +241,9 @@ async def test_the_metadata_of_a_file_sets_the_strength_as_in_diffusers(
 
 
 @pytest.mark.parametrize("model_id", MODELS)
+@pytest.mark.parametrize("dora", [False, True])
 async def test_the_encoder_stage_applies_its_part_of_a_lora(
-    tiny_store: Path, store: Path, executor: Executor, model_id: str
+    tiny_store: Path, store: Path, executor: Executor, model_id: str, *, dora: bool
 ) -> None:
     plain = plain_pipeline(tiny_store, model_id)
     name, denoiser = denoiser_of(plain)
@@ -243,7 +251,10 @@ async def test_the_encoder_stage_applies_its_part_of_a_lora(
     part = load_part(tiny_store, model_id, "encoder", torch.device("cpu"))
     clips = [name for name, network in part.networks.items() if "CLIP" in type(network).__name__]
     for clip in clips:
-        tensors |= diffusers_names(clip, factors(getattr(plain, clip), is_attention, rank=2, seed=2, strength=1.0))
+        pairs = factors(getattr(plain, clip), is_attention, rank=2, seed=2, strength=1.0)
+        tensors |= diffusers_names(clip, pairs)
+        if dora:
+            tensors |= dora_names(clip, magnitudes(getattr(plain, clip), pairs, seed=3), end=".weight")
     save_lora(store, "words", tensors)
     combination = await Adapters(part, store).load([LoraUse("words", 0.8)])
     assert sorted(combination.stand_ins()) == sorted(clips)
@@ -334,7 +345,7 @@ async def test_what_nobody_holds_goes_for_good_when_room_is_needed(tiny_store: P
     gone = []
     for i in range(1, 5):
         with await adapters.load([LoraUse(f"lora-{i}", 1.0)]) as combination:
-            gone.append(weakref.ref(combination._loras[0][0].networks["unet"]["down_blocks.0.resnets.0.conv1"].down))
+            gone.append(weakref.ref(combination._loras[0].lora.networks["unet"]["down_blocks.0.resnets.0.conv1"].down))
         del combination
     assert list(adapters.resident()) == ["lora-0", "lora-3", "lora-4"]
     gc.collect()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from darkroom.errors import DarkroomError, InvalidField, LoraNotFound, UnusableLora
-from darkroom.models.adapted import AdaptedNetwork, Mix
+from darkroom.models.adapted import AdaptedNetwork, Mix, Scaled
 from darkroom.models.adapters import Adapters
 from darkroom.models.forwards import Entry, Forward, carrying, run_batch
 from darkroom.models.loader import Part, load_part
@@ -99,9 +99,6 @@ BROKEN: dict[str, Callable[[Tensors], Tensors]] = {
     "another tensor": lambda t: t | {"unet.down_blocks.0.resnets.0.norm1.weight": torch.ones(32)},
     "no network": lambda t: t | {"lora_A": torch.ones(2)},
     "a strange name": lambda t: t | {"unet.a b.lora_A.weight": torch.ones(2)},
-    "DoRA": lambda t: t | {f"{LINEAR}.lora_magnitude_vector": torch.ones(32)},
-    "kohya's DoRA": lambda t: t | {"lora_unet_x.dora_scale": torch.ones(32)},
-    "LoKr": lambda t: t | {f"{LINEAR}.lokr_w1": torch.ones(2, 2)},
     "kohya without up": lambda _: {"lora_unet_mid_block_x.lora_down.weight": torch.ones(2, 2)},
     "a negative alpha": lambda t: t | {"unet.x.alpha": torch.tensor(-1.0)},
     "two alphas": lambda t: t | {"unet.x.alpha": torch.ones(2)},
@@ -115,6 +112,18 @@ async def test_tensors_that_are_no_lora_are_refused(part: Part, tmp_path: Path, 
     error = await refusal(part, tmp_path, LoraUse("broken", 1.0))
     assert isinstance(error, UnusableLora)
     assert "loras[0]" in error.message
+
+
+KINDS = {"LoKr": "lokr_w1", "LoHa": "hada_w1_a", "Control-LoRA": "lora_controlnet"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_kinds_that_are_not_supported_are_refused_by_name(part: Part, tmp_path: Path, kind: str) -> None:
+    name = f"{LINEAR}.{KINDS[kind]}"
+    save_lora(tmp_path, "other", good() | {name: torch.ones(2, 2)})
+    error = await refusal(part, tmp_path, LoraUse("other", 1.0))
+    assert isinstance(error, UnusableLora)
+    assert f"not supported, {kind}: it has a tensor {name}" in error.message
 
 
 METADATA = [
@@ -220,7 +229,8 @@ def test_a_network_that_folds_rows_runs_loras_apart_and_says_so_in_the_key() -> 
     adapted, entry = AdaptedNetwork(network), Entry.of(network, "forward", "folding", ())
     deltas = [Delta(torch.randn(1, 4), torch.randn(4, 1), None, 1.0, 1.0) for _ in range(2)]
     mixes = [
-        Mix(adapted, "net", ((Lora(str(i), {"net": {"layer": d}}, frozenset()), 1.0),)) for i, d in enumerate(deltas)
+        Mix(adapted, "net", (Scaled(Lora(str(i), {"net": {"layer": d}}, frozenset()), 1.0),))
+        for i, d in enumerate(deltas)
     ]
     adapted.adapt(["layer"])
     samples = torch.randn(4, 1, 8)
@@ -238,7 +248,7 @@ def test_a_network_that_folds_rows_runs_loras_apart_and_says_so_in_the_key() -> 
     for sample, mix, answer in zip(samples, carried, answers, strict=True):
         weight = network.layer.weight
         if mix:
-            delta = mix.loras[0][0].networks["net"]["layer"]
+            delta = mix.loras[0].lora.networks["net"]["layer"]
             weight = weight + delta.up @ delta.down
         assert torch.allclose(answer, (sample.reshape(2, 4) @ weight.T).reshape(1, 8), atol=1e-5)
     assert len({call.key for call in calls()}) == 3

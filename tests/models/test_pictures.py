@@ -30,7 +30,7 @@ def file(picture: Image.Image = PICTURE, kind: str = "PNG", **options: Any) -> b
 
 
 def decoded(data: bytes, mode: str = "RGB", size: tuple[int, int] = (WIDTH, HEIGHT)) -> Any:
-    return np.asarray(decode_picture("image", data, *size, mode))
+    return np.asarray(decode_picture("image", data, size, mode))
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

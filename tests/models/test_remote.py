@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from darkroom.errors import InvalidCall, NetworkNotHeld, StageUnavailable
+from darkroom.models.denoising import denoise
 from darkroom.models.executor import Executor
 from darkroom.models.journal import Journal
 from darkroom.models.loader import load_part
@@ -19,8 +19,8 @@ from darkroom.models.networks import call_network
 from darkroom.models.program import Ticket
 from darkroom.models.remote import OutsideCall, Reply, calling_for
 from darkroom.models.variants import UNCONDITIONED
-from tests.models.oracle import CPU, Wanted
-from tests.models.variant_runs import Case, Elsewhere, denoise_variant, part_of, requested
+from tests.models.oracle import CPU, Wanted, held_up
+from tests.models.variant_runs import Case, Elsewhere, part_of, requested
 
 WANTED = Wanted("a red circle", 1, 5, 4.0)
 CASE = Case(model_id="tiny-sd", plain="StableDiffusionImg2ImgPipeline", image=True, strength=0.6)
@@ -28,17 +28,8 @@ PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def executor() -> Iterator[Executor]:
-    executor = Executor(max_batch_rows=16)
-    yield executor
-    executor.close()
-
-
-@pytest.fixture
-def elsewhere(tiny_store: Path) -> Iterator[Elsewhere]:
-    away = Elsewhere(tiny_store)
-    yield away
-    away.executor.close()
+def store(tiny_store: Path) -> Path:
+    return tiny_store
 
 
 class Held:
@@ -65,7 +56,7 @@ def test_a_network_elsewhere_answers_as_it_would_here(
     tiny_store: Path, executor: Executor, elsewhere: Elsewhere, layout: torch.memory_format
 ) -> None:
     vae = part_of(tiny_store, "tiny-sd", "denoiser", elsewhere.send).pipeline.vae
-    assert all(parameter.is_meta for parameter in vae.parameters())
+    assert all(parameter.is_meta for parameter in vae.network.parameters())
     pixels = PIXELS.contiguous(memory_format=layout)
     found = executor.submit(partial(encode, vae, pixels, Ticket(alone=True)))[0].result(60)
     with torch.inference_mode():
@@ -84,12 +75,11 @@ def test_encodes_of_several_requests_share_a_batch_and_each_gets_its_own(
     alone = [
         executor.submit(partial(encode, vae, PIXELS[i : i + 1], Ticket(alone=True)))[0].result(60) for i in range(2)
     ]
-    gate, before = threading.Event(), elsewhere.executor.counts.batches
-    elsewhere.executor.submit(partial(gate.wait, 60))
-    runs = [executor.submit(partial(encode, vae, PIXELS[i : i + 1], Ticket()))[0] for i in range(2)]
-    while len(elsewhere.calls) < 4:
-        time.sleep(0.01)
-    gate.set()
+    before = elsewhere.executor.counts.batches
+    with held_up(elsewhere.executor):
+        runs = [executor.submit(partial(encode, vae, PIXELS[i : i + 1], Ticket()))[0] for i in range(2)]
+        while len(elsewhere.calls) < 4:
+            time.sleep(0.01)
     for run, right in zip(runs, alone, strict=True):
         found = run.result(60)
         assert found.mean.shape == right.mean.shape
@@ -103,10 +93,10 @@ def test_other_requests_go_on_while_a_network_elsewhere_is_slow(
     held = Held()
     slow = load_part(tiny_store, "tiny-sd", "denoiser", CPU, send=held.send)
     task, embeddings = requested(tiny_store, CASE, WANTED, executor, slow)
-    program = partial(denoise_variant, slow, task, embeddings, Journal(Ticket()), CASE.conditions(tiny_store, 1))
+    program = partial(denoise, slow, task, embeddings, Journal(Ticket()), conditions=CASE.conditions(tiny_store, 1))
     waiting, _ = executor.submit(program)
     assert held.is_asked.wait(30)
-    other = partial(denoise_variant, slow, task, embeddings, Journal(Ticket()), UNCONDITIONED)
+    other = partial(denoise, slow, task, embeddings, Journal(Ticket()), conditions=UNCONDITIONED)
     assert executor.submit(other)[0].result(60).isfinite().all()
     assert not waiting.done()
     (call, future), *_ = held.asked

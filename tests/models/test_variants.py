@@ -2,8 +2,6 @@
 
 import io
 import json
-import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -18,26 +16,26 @@ from diffusers import DiffusionPipeline
 from darkroom.errors import InvalidField, ModelNotFound, UnusableModel
 from darkroom.models import programs
 from darkroom.models.controlnets import ControlNets, load_controlnet
+from darkroom.models.denoising import denoise
 from darkroom.models.executor import Executor
 from darkroom.models.journal import Journal, Snapshot
 from darkroom.models.program import Ticket
 from darkroom.models.variants import Conditions, Control, check_conditions, read_conditions, variant
 from darkroom.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS, scheduler_choice
 from darkroom.wire.conditions import ConditionFiles, ControlUse
-from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, Wanted, decode_task
+from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, Wanted, decode_task, held_up
 from tests.models.variant_runs import (
     CASES,
-    LOOPS,
     REQUESTS,
     Case,
     Elsewhere,
-    denoise_variant,
     mask,
     part_of,
     picture,
     plain_latents,
     requested,
 )
+from tests.tiny.ip_adapters import IP_ADAPTERS, save_ip_adapter
 from tests.tiny.variants import save_variants
 from tests.tiny_models import save_tiny_model
 
@@ -53,21 +51,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model_id in MODELS:
         save_tiny_model(root, model_id)
     save_variants(root)
+    for adapter_id in IP_ADAPTERS:
+        save_ip_adapter(root, adapter_id)
     return root
-
-
-@pytest.fixture
-def executor() -> Iterator[Executor]:
-    executor = Executor(max_batch_rows=16)
-    yield executor
-    executor.close()
-
-
-@pytest.fixture
-def elsewhere(store: Path) -> Iterator[Elsewhere]:
-    away = Elsewhere(store)
-    yield away
-    away.executor.close()
 
 
 def error(found: torch.Tensor, right: torch.Tensor) -> float:
@@ -79,21 +65,19 @@ def test_a_variant_draws_what_plain_diffusers_draws(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str
 ) -> None:
     case = CASES[name]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     asked = [requested(store, case, wanted, executor, part) for wanted in REQUESTS]
     conditions = [case.conditions(store, wanted.seed) for wanted in REQUESTS]
     expected = [plain_latents(store, case, wanted, part) for wanted in REQUESTS]
 
     def programs(*, alone: bool) -> list[tuple[Future[Any], Ticket]]:
-        gate = threading.Event()
-        executor.submit(partial(gate.wait, 60))
         runs = []
-        for (task, embeddings), condition in zip(asked, conditions, strict=True):
-            check_conditions(part, condition, task.step_count)
-            ticket = Ticket(alone=alone)
-            program = partial(denoise_variant, part, task, embeddings, Journal(ticket), condition)
-            runs.append(executor.submit(program, ticket=ticket))
-        gate.set()
+        with held_up(executor):
+            for (task, embeddings), condition in zip(asked, conditions, strict=True):
+                check_conditions(part, condition, task.step_count)
+                ticket = Ticket(alone=alone)
+                program = partial(denoise, part, task, embeddings, Journal(ticket), conditions=condition)
+                runs.append(executor.submit(program, ticket=ticket))
         return runs
 
     for (future, _), right in zip(programs(alone=True), expected, strict=True):
@@ -110,25 +94,25 @@ def test_several_images_are_rows_with_noise_of_their_own(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str
 ) -> None:
     case, wanted = CASES[name], REQUESTS[0]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     task, embeddings = requested(store, case, wanted, executor, part)
     condition = case.conditions(store, wanted.seed)
     program = partial(
-        denoise_variant, part, replace(task, image_count=2), embeddings, Journal(Ticket(alone=True)), condition
+        denoise, part, replace(task, image_count=2), embeddings, Journal(Ticket(alone=True)), conditions=condition
     )
     latents = executor.submit(program, alone=True)[0].result(60)
     assert torch.equal(latents, plain_latents(store, case, wanted, part, image_count=2))
     second = replace(wanted, seed=wanted.seed + 1)
     task, _ = requested(store, case, second, executor, part)
     single = executor.submit(
-        partial(denoise_variant, part, task, embeddings, Journal(Ticket(alone=True)), condition), alone=True
+        partial(denoise, part, task, embeddings, Journal(Ticket(alone=True)), conditions=condition), alone=True
     )[0].result(60)
     assert error(latents[1:], single) <= 1e-5
 
 
 def run(executor: Executor, part: Any, asked: tuple[Any, Any], conditions: Conditions, journal: Journal) -> Any:
     task, embeddings = asked
-    program = partial(denoise_variant, part, task, embeddings, journal, conditions)
+    program = partial(denoise, part, task, embeddings, journal, conditions=conditions)
     return executor.submit(program, ticket=journal.ticket)[0].result(60)
 
 
@@ -148,6 +132,8 @@ RESUMED = [
     ("flux inpaint control", "flow_euler"),
     ("qwen control", "flow_euler"),
     ("z inpaint", "flow_euler"),
+    ("sd 2 ip", "dpmpp_2m"),
+    ("flux ip", "flow_euler"),
 ]
 
 
@@ -156,7 +142,7 @@ def test_a_variant_stopped_after_any_step_goes_on_bit_for_bit(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str, solver: str
 ) -> None:
     case, wanted = CASES[name], REQUESTS[0]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     task, embeddings = requested(store, case, wanted, executor, part)
     asked, conditions = (replace(task, scheduler=solver), embeddings), case.conditions(store, wanted.seed)
     snapshots: dict[int, Any] = {}
@@ -178,14 +164,14 @@ def test_the_pipeline_says_how_many_steps_are_left_of_its_solver(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str
 ) -> None:
     case, wanted = CASES[name], REQUESTS[1]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     task, embeddings = requested(store, case, wanted, executor, part)
     conditions = case.conditions(store, wanted.seed)
     for solver in FLOW_SCHEDULERS if name.startswith("sd3") else DIFFUSION_SCHEDULERS:
         steps: list[int] = []
         journal = Journal(Ticket(), on_step=lambda done, steps=steps: steps.append(done.step))  # type: ignore[misc]
         run(executor, part, (replace(task, scheduler=solver), embeddings), conditions, journal)
-        assert LOOPS[-1]._num_timesteps == len(steps)
+        assert journal._loop._num_timesteps == len(steps)
 
 
 @pytest.mark.parametrize("solver", ["euler", "ddim", "dpmpp_2m", "unipc"])
@@ -237,16 +223,15 @@ def test_calls_with_other_scales_of_a_controlnet_share_batches(store: Path) -> N
     executor = Executor(max_batch_rows=16)  # of its own: it has not learned yet whether batches of so small a net pay
     part, wanted = part_of(store, "tiny-sd", "denoiser"), REQUESTS[0]
     task, embeddings = requested(store, CASES["sd control"], wanted, executor, part)
-    gate, rows, runs = threading.Event(), list[int](), []
-    executor.submit(partial(gate.wait, 60))
-    for scale in (0.2, 0.9):
-        conditions = replace(CASES["sd control"], scales=(scale,)).conditions(store, wanted.seed)
-        program = partial(denoise_variant, part, task, embeddings, Journal(Ticket()), conditions)
-        runs.append(executor.submit(program)[0])
-    hook = conditions.controls[0].net.network.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["sample"])), with_kwargs=True
-    )
-    gate.set()
+    rows, runs = list[int](), []
+    with held_up(executor):
+        for scale in (0.2, 0.9):
+            conditions = replace(CASES["sd control"], scales=(scale,)).conditions(store, wanted.seed)
+            program = partial(denoise, part, task, embeddings, Journal(Ticket()), conditions=conditions)
+            runs.append(executor.submit(program)[0])
+        hook = conditions.controls[0].net.network.register_forward_pre_hook(
+            lambda _, args, kwargs: rows.append(len(args[0] if args else kwargs["sample"])), with_kwargs=True
+        )
     try:
         one, other = (run.result(60) for run in runs)
     finally:
@@ -261,7 +246,7 @@ def test_a_controlnet_elsewhere_leads_like_one_that_is_here(
     store: Path, executor: Executor, elsewhere: Elsewhere, name: str
 ) -> None:
     case, wanted = CASES[name], REQUESTS[0]
-    part = part_of(store, case.model_id, "denoiser", elsewhere.send)
+    part = case.part(store, elsewhere.send)
     asked = requested(store, case, wanted, executor, part)
     here = run(executor, part, asked, case.conditions(store, 1), Journal(Ticket(alone=True)))
     assert "controlnet.controlnet.forward" not in elsewhere.calls
@@ -317,14 +302,15 @@ def test_conditions_are_read_from_files_and_a_bad_one_is_named(store: Path) -> N
 
     net = load_controlnet(store, SD_NET, CPU)
     use = ControlUse(controlnet_id=SD_NET, image=png("L"), scale=0.5, start=0.1, end=0.9)
+    part = part_of(store, "tiny-sd", "denoiser")
     good = ConditionFiles(image=png("RGBA"), mask=png("RGB"), strength=0.4, controls=(use,))
     read = partial(read_conditions, width_px=SIZE_PX, height_px=SIZE_PX)
-    found = read(good, [net])
+    found = read(part, good, [net])
     assert found.image is not None
     assert found.mask is not None
     assert (found.image.mode, found.mask.mode, found.strength) == ("RGB", "L", 0.4)
     assert [(c.net, c.picture.mode, c.scale, c.start, c.end) for c in found.controls] == [(net, "RGB", 0.5, 0.1, 0.9)]
-    assert read(ConditionFiles(), []) == Conditions()
+    assert read(part, ConditionFiles(), []) == Conditions()
     bad = {
         "image": replace(good, image=png("RGB", 16)),
         "mask": replace(good, mask=b"white"),
@@ -332,7 +318,7 @@ def test_conditions_are_read_from_files_and_a_bad_one_is_named(store: Path) -> N
     }
     for field, files in bad.items():
         with pytest.raises(InvalidField) as caught:
-            read(files, [net])
+            read(part, files, [net])
         assert caught.value.facts["field"] == field
 
 
@@ -340,14 +326,14 @@ async def test_concurrent_loads_of_a_controlnet_are_one(store: Path) -> None:
     nets = ControlNets(store, CPU)
     told: list[Any] = []
 
-    async def on_loaded(ids: Any) -> None:
-        told.append(set(ids))
+    async def on_loaded(net: Any) -> None:
+        told.append(net.model_id)
 
     nets.on_loaded = on_loaded
     one, other = [nets.get(SD_NET) for _ in range(2)]
     assert await one is await other
     await nets.get("control-sdxl")
-    assert told == [{SD_NET}, {SD_NET, "control-sdxl"}]
+    assert told == [SD_NET, "control-sdxl"]
     assert [net.model_id for net in nets.loaded] == [SD_NET, "control-sdxl"]
 
 

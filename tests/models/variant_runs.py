@@ -1,6 +1,5 @@
 """Requests with images, masks and ControlNets: in the denoiser's program, and in plain diffusers."""
 
-import copy
 import inspect
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -14,27 +13,24 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from transformers import SiglipImageProcessor, SiglipVisionModel
 
-from darkroom.models.calls import call_arguments
 from darkroom.models.controlnets import load_controlnet
 from darkroom.models.executor import Executor
-from darkroom.models.journal import Journal, RangeDone
+from darkroom.models.image_encoders import load_image_encoder, load_pixel_maker
+from darkroom.models.ip_adapters import with_ip_adapters
 from darkroom.models.loader import Part, load_part
 from darkroom.models.networks import call_network
-from darkroom.models.own import fresh_scheduler
-from darkroom.models.remote import OutsideCall, Reply, calling_for
-from darkroom.models.variants import Conditions, Control, condition_arguments, control_network, variant
-from darkroom.wire.tasks import DenoiseTask
+from darkroom.models.remote import OutsideCall, Reply
+from darkroom.models.variants import Conditions, Control, ip_prompt
 from tests.models.oracle import CPU, NEGATIVE, SIZE_PX, Wanted, denoise_task, encoded
-
-LOOPS: list[Any] = []
-"""The pipeline objects of all runs so far."""
+from tests.tiny.ip_adapters import IP_ADAPTERS, WEIGHTS
 
 
-def picture(seed: int, mode: str = "RGB") -> Image.Image:
+def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (SIZE_PX, SIZE_PX)) -> Image.Image:
     """Smooth noise: an image like any other, to a VAE that was never trained."""
     noise = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((SIZE_PX, SIZE_PX)).convert(mode)
+    return Image.fromarray(noise).resize(size).convert(mode)
 
 
 def mask(seed: int = 0) -> Image.Image:
@@ -57,6 +53,8 @@ class Case:
     controls: tuple[str, ...] = ()
     scales: tuple[float, ...] = (0.75, 0.5)
     ends: tuple[float, ...] = (1.0, 0.6)
+    ip_adapters: tuple[str, ...] = ()
+    ip_scales: tuple[float, ...] = (0.8, 0.5)
 
     def conditions(self, store: Path, seed: int, send: Any = None) -> Conditions:
         """As the denoiser gets them; `send`: ControlNets are elsewhere."""
@@ -73,7 +71,20 @@ class Case:
                 )
                 for i, name in enumerate(self.controls)
             ),
+            ip_prompts=tuple(
+                ip_prompt(_reader(store, name), prompt, self.ip_scales[i])
+                for i, (name, prompt) in enumerate(zip(self.ip_adapters, self.prompts(seed), strict=True))
+            ),
         )
+
+    def prompts(self, seed: int) -> list[Image.Image]:
+        """The pictures for its IP-Adapters."""
+        return [picture(seed + 20 + i, size=(40, 56)) for i in range(len(self.ip_adapters))]
+
+    def part(self, store: Path, send: Any = None) -> Part:
+        """The denoiser's part; `send` calls networks of other stages."""
+        part = part_of(store, self.model_id, "denoiser", send)
+        return with_ip_adapters(part, store, self.ip_adapters, send) if self.ip_adapters else part
 
 
 SD, XL = "StableDiffusion", "StableDiffusionXL"
@@ -144,6 +155,41 @@ CASES = {
         model_id="tiny-qwen-image", plain="QwenImageInpaintPipeline", image=True, mask=True, strength=0.6
     ),
     "qwen control": Case(model_id="tiny-qwen-image", plain="QwenImageControlNetPipeline", controls=("control-qwen",)),
+    "sd ip": Case(model_id="tiny-sd", plain=f"{SD}Pipeline", ip_adapters=("ip-sd",)),
+    "sd ip plus": Case(model_id="tiny-sd", plain=f"{SD}Pipeline", ip_adapters=("ip-sd-plus",)),
+    "sd 2 ip": Case(model_id="tiny-sd", plain=f"{SD}Pipeline", ip_adapters=("ip-sd", "ip-sd-plus")),
+    "sd inpaint control ip": Case(
+        model_id="tiny-sd",
+        plain=f"{SD}ControlNetInpaintPipeline",
+        image=True,
+        mask=True,
+        strength=0.6,
+        controls=("control-sd",),
+        ip_adapters=("ip-sd",),
+    ),
+    "xl ip": Case(model_id="tiny-sdxl", plain=f"{XL}Pipeline", ip_adapters=("ip-sdxl",)),
+    "xl control ip": Case(
+        model_id="tiny-sdxl",
+        plain=f"{XL}ControlNetPipeline",
+        controls=("control-sdxl",),
+        ip_adapters=("ip-sdxl",),
+    ),
+    "sd3 ip": Case(model_id="tiny-sd3", plain=f"{SD}3Pipeline", ip_adapters=("ip-sd3",)),
+    "sd3 image ip": Case(
+        model_id="tiny-sd3", plain=f"{SD}3Img2ImgPipeline", image=True, strength=0.6, ip_adapters=("ip-sd3",)
+    ),
+    "flux ip": Case(model_id="tiny-flux", plain="FluxPipeline", ip_adapters=("ip-flux",)),
+    "flux image ip": Case(
+        model_id="tiny-flux", plain="FluxImg2ImgPipeline", image=True, strength=0.6, ip_adapters=("ip-flux",)
+    ),
+    "flux 2 ip": Case(model_id="tiny-flux", plain="FluxPipeline", ip_adapters=("ip-flux", "ip-flux-other")),
+    "flux image 2 ip": Case(
+        model_id="tiny-flux",
+        plain="FluxImg2ImgPipeline",
+        image=True,
+        strength=0.6,
+        ip_adapters=("ip-flux", "ip-flux-other"),
+    ),
     "z image": Case(model_id="tiny-z-image", plain="ZImageImg2ImgPipeline", image=True, strength=0.6),
     "z inpaint": Case(model_id="tiny-z-image", plain="ZImageInpaintPipeline", image=True, mask=True, strength=0.6),
 }
@@ -155,6 +201,11 @@ def _controlnet(store: Path, name: str, send: Any) -> Any:
     return load_controlnet(store, name, CPU, send=send)
 
 
+@cache
+def _reader(store: Path, adapter_id: str) -> Any:
+    return load_pixel_maker(store, adapter_id, load_image_encoder(store, adapter_id, CPU).network)
+
+
 class Elsewhere:
     """Calls networks of parts in an executor of its own: the other replica, without the wire."""
 
@@ -163,11 +214,13 @@ class Elsewhere:
         self.calls: list[str] = []
 
     def send(self, stage: str, call: OutsideCall) -> "Future[Reply]":
-        held: Any = (
-            _controlnet(self._store, call.model_id, None)
-            if stage == "controlnet"
-            else part_of(self._store, call.model_id, stage)
-        )
+        held: Any
+        if stage == "controlnet":
+            held = _controlnet(self._store, call.model_id, None)
+        elif call.model_id in IP_ADAPTERS:
+            held = load_image_encoder(self._store, call.model_id, CPU)
+        else:
+            held = part_of(self._store, call.model_id, stage)
         future, _ = self.executor.submit(lambda: call_network(held, call), alone=call.alone)
         self.calls.append(f"{stage}.{call.network}.{call.method}")
         return future
@@ -178,10 +231,12 @@ def part_of(store: Path, model_id: str, stage: str, send: Any = None) -> Part:
     return load_part(store, model_id, stage, CPU, send=send)
 
 
-def plain_latents(store: Path, case: Case, wanted: Wanted, part: Part, *, image_count: int = 1) -> Any:
+def plain_latents(
+    store: Path, case: Case, wanted: Wanted, part: Part, *, image_count: int = 1, dtype: torch.dtype = torch.float32
+) -> Any:
     """The latents that diffusers makes, each image of a request with its own row and noise."""
     kind = getattr(diffusers, case.plain)
-    whole = DiffusionPipeline.from_pretrained(store / case.model_id)
+    whole = DiffusionPipeline.from_pretrained(store / case.model_id, dtype=dtype)
     parameters = inspect.signature(kind).parameters
     components = {name: value for name, value in {**whole.config, **whole.components}.items() if name in parameters}
     conditions = case.conditions(store, wanted.seed)
@@ -190,6 +245,8 @@ def plain_latents(store: Path, case: Case, wanted: Wanted, part: Part, *, image_
         components["controlnet"] = nets if len(nets) > 1 else nets[0]
     pipeline = kind(**components)
     pipeline.set_progress_bar_config(disable=True)
+    if case.ip_adapters:
+        load_plainly(pipeline, store, case)
     generators = [torch.Generator().manual_seed(wanted.seed + i) for i in range(image_count)]
     accepted = inspect.signature(kind.__call__).parameters
     given: dict[str, Any] = {
@@ -202,9 +259,44 @@ def plain_latents(store: Path, case: Case, wanted: Wanted, part: Part, *, image_
         "output_type": "latent",
         "return_dict": False,
         **_plain_pictures(conditions, accepted, image_count),
+        **_plain_prompts(case.prompts(wanted.seed), accepted),
         **dict.fromkeys(("width", "height"), SIZE_PX),
     }
     return pipeline(**{name: value for name, value in given.items() if name in accepted})[0]
+
+
+def load_plainly(pipeline: Any, store: Path, case: Case) -> None:
+    """Gives a pipeline of diffusers the case's IP-Adapters."""
+    folders = [str(store / adapter_id) for adapter_id in case.ip_adapters]
+    several = not isinstance(pipeline, diffusers.loaders.SD3IPAdapterMixin)
+    encoder: dict[str, Any] = {"image_encoder_folder": "image_encoder"}
+    if isinstance(pipeline, diffusers.loaders.FluxIPAdapterMixin):
+        encoder = {
+            "image_encoder_pretrained_model_name_or_path": folders[0],
+            "image_encoder_subfolder": "image_encoder",
+            "image_encoder_dtype": pipeline.dtype,
+        }
+    if several:
+        pipeline.load_ip_adapter(folders, subfolder="", weight_name=[WEIGHTS] * len(folders), **encoder)
+        scales = list(case.ip_scales[: len(folders)])
+        pipeline.set_ip_adapter_scale(scales if len(scales) > 1 else scales[0])
+    else:
+        folder = store / case.ip_adapters[0] / "image_encoder"
+        network, reader = (kind.from_pretrained(folder) for kind in (SiglipVisionModel, SiglipImageProcessor))
+        network.to(pipeline.dtype)
+        pipeline.register_modules(image_encoder=network, feature_extractor=reader)  # it looks for them on the internet
+        pipeline.load_ip_adapter(folders[0], weight_name=WEIGHTS, subfolder="", **encoder)
+        pipeline.set_ip_adapter_scale(case.ip_scales[0])
+
+
+def _plain_prompts(pictures: list[Image.Image], accepted: Mapping[str, Any]) -> dict[str, Any]:
+    if not pictures:
+        return {}
+    given: dict[str, Any] = {"ip_adapter_image": pictures if len(pictures) > 1 else pictures[0]}
+    if len(pictures) > 1 and "negative_ip_adapter_image" in accepted:
+        # what Flux takes by default, but for each adapter: its image to image has it for one only
+        given["negative_ip_adapter_image"] = [np.zeros((SIZE_PX, SIZE_PX, 3), dtype=np.uint8)] * len(pictures)
+    return given
 
 
 def _plain_pictures(conditions: Conditions, accepted: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -231,40 +323,3 @@ def requested(store: Path, case: Case, wanted: Wanted, executor: Executor, part:
     """Task and embeddings."""
     embeddings = encoded(executor, part_of(store, case.model_id, "encoder"), wanted)
     return denoise_task(part, wanted), embeddings
-
-
-def denoise_variant(
-    part: Part, task: DenoiseTask, embeddings: Mapping[str, torch.Tensor], journal: Journal, conditions: Conditions
-) -> torch.Tensor:
-    """The denoiser's program under conditions."""
-    shared = variant(part, conditions)
-    pipeline = copy.copy(shared)
-    LOOPS.append(pipeline)
-    pipeline.scheduler = fresh_scheduler(part.pipeline.scheduler, task.scheduler)
-    generators = [torch.Generator().manual_seed(task.seed + i) for i in range(task.image_count)]
-    journal.begin(pipeline.scheduler, generators, part.device)
-    for name in part.denoiser_names:
-        object.__setattr__(pipeline, name, journal.watch(getattr(pipeline, name), name))
-    if conditions.controls:
-        object.__setattr__(pipeline, "controlnet", control_network(part, conditions, journal))
-    arguments = call_arguments(
-        part,
-        embeddings,
-        step_count=task.step_count,
-        guidance_scale=task.guidance_scale,
-        width_px=task.width_px,
-        height_px=task.height_px,
-        image_count=task.image_count,
-        kind=type(shared),
-    ) | condition_arguments(type(shared), conditions, task.image_count)
-    try:
-        with calling_for(journal.ticket):
-            latents: torch.Tensor = pipeline(
-                **arguments,
-                generator=generators[0] if task.image_count == 1 else generators,
-                output_type="latent",
-                return_dict=False,
-            )[0]
-    except RangeDone as done:
-        return done.latents
-    return latents

@@ -14,6 +14,7 @@ import grpc
 import torch
 
 from darkroom.models.controlnets import ControlNets
+from darkroom.models.ip_adapters import IpAdapters
 from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.registry.catalogue import publish_catalogue, read_model_store
@@ -295,9 +296,10 @@ def _service(stage: str, replica: StageReplica, shelf: TensorShelf, source: Tens
                 encoder_pb2_grpc.add_EncoderServiceServicer_to_server(encoder, server)
 
         case "denoiser":
-            denoiser = DenoiserServicer(
-                Denoising(replica, source, ControlNets(replica._root, torch.device("cpu"))), shelf
-            )
+            controlnets = ControlNets(replica._root, torch.device("cpu"))
+            assert replica.send
+            ip_adapters = IpAdapters(replica._root, replica.send)
+            denoiser = DenoiserServicer(Denoising(replica, source, controlnets, ip_adapters), shelf)
 
             def add(server: grpc.aio.Server) -> None:
                 denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(denoiser, server)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from darkroom.errors import DeadlinePassed, QueueFull, StageUnavailable
+from darkroom.models.denoising import denoise
 from darkroom.models.journal import Journal
 from darkroom.models.program import Ticket
 from darkroom.models.tensors import to_raw
@@ -19,7 +20,7 @@ from darkroom.v1 import network_pb2, network_pb2_grpc, tensor_pb2
 from darkroom.wire.tensors import value_message
 from tests.models.denoise_runs import embeddings_of
 from tests.models.oracle import Wanted, denoise_task
-from tests.models.variant_runs import Case, denoise_variant
+from tests.models.variant_runs import Case
 from tests.services.neighbours import MODEL, Neighbours, RunningStage, engine_held, eventually, failure_of
 from tests.tiny.variants import save_variants
 from tests.tiny_models import save_tiny_model
@@ -51,7 +52,7 @@ async def drawn(denoiser: RunningStage, conditions: Conditions, *, ticket: Ticke
     ticket = ticket or Ticket(alone=True)
     task, embeddings = denoise_task(part, WANTED), embeddings_of(part, WANTED.guidance)
     return await denoiser.replica.run(
-        partial(denoise_variant, part, task, embeddings, Journal(ticket), conditions), ticket
+        partial(denoise, part, task, embeddings, Journal(ticket), conditions=conditions), ticket
     )
 
 

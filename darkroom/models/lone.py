@@ -1,0 +1,114 @@
+"""Networks that stand alone: folders of the model store that belong to no model, each loaded by id on first use.
+
+ControlNets are such, and the image encoders of IP-Adapters. Requests with different models share them.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import structlog
+import torch
+
+from darkroom.errors import InvalidRequest, NotFound
+from darkroom.models.loader import NetworkState, network_state
+
+_log = structlog.get_logger()
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoneNetwork:
+    """One of them: here with its weights, or elsewhere and here by its config only."""
+
+    model_id: str
+    name: str
+    """By which other replicas call it."""
+    network: Any
+    face: torch.nn.Module
+    """What stands for it in pipelines."""
+    device: torch.device
+    load_s: float
+
+    @property
+    def networks(self) -> Mapping[str, torch.nn.Module]:
+        """The network by its name."""
+        return {self.name: self.network}
+
+    def stand_in(self, name: str) -> torch.nn.Module | None:
+        """What stands for the network of that name."""
+        return self.face if name == self.name else None
+
+    def network_states(self) -> list[NetworkState]:
+        """How much of it is here."""
+        return [network_state(self.name, self.network)]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in `config.json`. Raises OSError or ValueError."""
+    try:
+        with (folder / "config.json").open() as file:
+            config = json.loads(file.read(_MAX_CONFIG_BYTES + 1))
+    except RecursionError as error:
+        raise ValueError("config.json is nested too deeply") from error
+    if not isinstance(config, dict):
+        raise ValueError("config.json is no object")  # noqa: TRY004 - of the file, not of an argument
+    return config
+
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+
+class OnDemand(Generic[K, T]):
+    """What the requests of a replica share, loaded on first use. Its methods are called on one event loop."""
+
+    def __init__(self, load: Callable[[K], T], *, max_count: int | None = None) -> None:
+        """`load` runs on a thread of its own; past `max_count` what was asked for least recently is let go."""
+        self._load, self._max_count = load, max_count
+        self._loads: dict[K, asyncio.Task[T]] = {}
+        self.on_loaded: Callable[[T], Awaitable[None]] | None = None
+        """Told of each that is added."""
+
+    async def get(self, key: K) -> T:
+        """What `load` makes of the key; concurrent callers share one load, and see what it raises.
+
+        A failed load is tried again by the next request.
+        """
+        task = self._loads.pop(key, None)
+        if task is None:
+            task = asyncio.create_task(self._loaded(key))
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # all callers may have left
+        self._loads[key] = task  # the last of all
+        if self._max_count is not None and len(self._loads) > self._max_count:
+            del self._loads[next(key for key, other in self._loads.items() if other is not task)]
+        return await asyncio.shield(task)
+
+    def __contains__(self, key: K) -> bool:
+        """Whether it is here, or on its way."""
+        return key in self._loads
+
+    @property
+    def loaded(self) -> tuple[T, ...]:
+        """Those that are here."""
+        done = [task for task in self._loads.values() if task.done() and not task.cancelled()]
+        return tuple(task.result() for task in done if task.exception() is None)
+
+    async def _loaded(self, key: K) -> T:
+        start_s = time.monotonic()
+        try:
+            made = await asyncio.to_thread(self._load, key)
+        except BaseException as error:
+            if self._loads.get(key) is asyncio.current_task():
+                del self._loads[key]
+            level = "info" if isinstance(error, InvalidRequest | NotFound) else "error"
+            getattr(_log, level)("load_failed", model_id=key, problem=str(error), cause=repr(error.__cause__))
+            raise
+        _log.info("loaded", model_id=key, load_s=round(time.monotonic() - start_s, 3))
+        if self.on_loaded:
+            await self.on_loaded(made)
+        return made
