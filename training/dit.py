@@ -223,7 +223,8 @@ def main() -> None:
         guided = GuidanceTraining(shapes, text_encoder, transformer, data, plan, folder=options.folder)
         guided.run()
         transformer = guided.averaged
-    save(assemble(shapes, text_encoder, transformer), options.out, steps=STEPS, guidance=GUIDANCE)
+    pipe = assemble(shapes, text_encoder, transformer)
+    save(pipe, options.out, steps=STEPS, guidance=GUIDANCE, max_sequence_length=MAX_TOKENS)
 
 
 if __name__ == "__main__":

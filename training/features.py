@@ -8,6 +8,7 @@ rule names: soft edges, dirt, wrong shades.
 """
 
 import argparse
+import json
 import random
 from pathlib import Path
 
@@ -167,6 +168,7 @@ def main() -> None:
     tensors = {name: tensor.half().contiguous() for name, tensor in reader.state_dict().items()}
     save_file(tensors, options.out / FILE_NAME)
     (options.out / FILE_NAME).chmod(0o644)  # safetensors makes it readable by nobody else
+    (options.out / "config.json").write_text(json.dumps({"architectures": [Reader.__name__]}) + "\n")
     truth = make_dataset(2000, seed=99)
     print(f"reads all of {share_read(load_reader(options.out), truth.pictures, truth.scenes):.2%} of drawn pictures")
 

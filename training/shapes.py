@@ -48,10 +48,11 @@ def assemble(
     return pipe
 
 
-def save(pipe: DiffusionPipeline, folder: Path, *, steps: int, guidance: float) -> None:
+def save(pipe: DiffusionPipeline, folder: Path, *, steps: int, guidance: float, **more: int) -> None:
     """Writes the pipeline in diffusers' directory format, weights in half precision, in one go.
 
-    `steps` and `guidance` are what the model is asked for where nobody says otherwise. Files beside the pipeline's own,
+    `steps` and `guidance` are what the model is asked for where nobody says otherwise; `more` goes to darkroom.json as
+    well. Files beside the pipeline's own,
     such as the card, stay. The networks given are left as they are.
     """
     partial = folder.with_name(f".{folder.name}.partial")
@@ -68,7 +69,7 @@ def save(pipe: DiffusionPipeline, folder: Path, *, steps: int, guidance: float) 
             entries["dtype"] = "float32"
         config.write_text(json.dumps(entries, indent=2) + "\n")
     sides = dict.fromkeys(("default_width_px", "default_height_px"), SIZE_PX)
-    defaults = {**sides, "default_step_count": steps, "default_guidance_scale": guidance}
+    defaults = {**sides, "default_step_count": steps, "default_guidance_scale": guidance, **more}
     (partial / "darkroom.json").write_text(json.dumps(defaults) + "\n")
     for file in partial.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors makes them readable by nobody else

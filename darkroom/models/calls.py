@@ -44,6 +44,8 @@ def encode_arguments(part: Part, *, prompt: str, negative_prompt: str, guided: b
     }
     if negative_prompt:
         offered["negative_prompt"] = negative_prompt
+    if part.max_sequence_length:
+        offered["max_sequence_length"] = part.max_sequence_length
     return {**defaults, **{name: value for name, value in offered.items() if name in accepted}}
 
 

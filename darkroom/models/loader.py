@@ -30,6 +30,7 @@ from darkroom.models.derived import NotDerivable, derived_family
 from darkroom.models.previews import PreviewMap, load_map
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Absent, Batched
+from darkroom.wire.fields import MAX_SEQUENCE_LENGTH
 
 _log = structlog.get_logger()
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
@@ -70,6 +71,8 @@ class Part:
     load_s: float
     preview_map: PreviewMap | None = None
     """How its latents look; None when nobody fitted a map."""
+    max_sequence_length: int | None = None
+    """Tokens of the longest prompt, where its darkroom.json says other than its pipeline."""
     variants: dict[type, DiffusionPipeline] = field(default_factory=dict, init=False, repr=False)
     """Pipelines of other tasks over the same components, made when they are first needed."""
     beside: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -109,7 +112,7 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, se
     folder = root / model_id
     if not folder.resolve().is_relative_to(root.resolve()):
         raise UnusableModel(model_id, "its folder lies outside the model store")
-    index = _read_index(folder, model_id)
+    index = _read_object(folder, "model_index.json", model_id)
     family = _family_of(index, model_id)
     try:
         pipeline, networks = _assemble(folder, index, family, stage=stage, device=device, send=send)
@@ -125,6 +128,7 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, se
         device=device,
         load_s=time.monotonic() - start_s,
         preview_map=load_map(folder) if stage == "denoiser" else None,
+        max_sequence_length=_read_max_sequence_length(folder, model_id),
     )
     for key, values in family.requires.items():
         if part.denoiser_config.get(key) not in values:
@@ -132,15 +136,23 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, se
     return part
 
 
-def _read_index(folder: Path, model_id: str) -> dict[str, Any]:
+def _read_object(folder: Path, name: str, model_id: str) -> dict[str, Any]:
     try:
-        text = (folder / "model_index.json").read_text()[: _MAX_INDEX_BYTES + 1]
-        index = json.loads(text)
+        found = json.loads((folder / name).read_text()[: _MAX_INDEX_BYTES + 1])
     except (OSError, ValueError, RecursionError) as error:
-        raise UnusableModel(model_id, "its model_index.json cannot be read") from error
-    if not isinstance(index, dict):
-        raise UnusableModel(model_id, "its model_index.json is no object")
-    return index
+        raise UnusableModel(model_id, f"its {name} cannot be read") from error
+    if not isinstance(found, dict):
+        raise UnusableModel(model_id, f"its {name} is no object")
+    return found
+
+
+def _read_max_sequence_length(folder: Path, model_id: str) -> int | None:
+    if not (folder / "darkroom.json").exists():
+        return None
+    length = _read_object(folder, "darkroom.json", model_id).get("max_sequence_length")
+    if length is not None and (type(length) is not int or not 1 <= length <= MAX_SEQUENCE_LENGTH):
+        raise UnusableModel(model_id, f"its max_sequence_length is no number from 1 to {MAX_SEQUENCE_LENGTH}")
+    return length
 
 
 def _family_of(index: dict[str, Any], model_id: str) -> Family:

@@ -1,7 +1,7 @@
 """Lists what a model store offers, by JSON, headers and file sizes only, so that router and cachemgr need no torch.
 
-A folder with a model_index.json is a model, one with a config.json a ControlNet, one with an image_encoder an
-IP-Adapter; one without, but with a safetensors file, is a LoRA.
+A folder with a model_index.json is a model, one with a config.json of diffusers' a ControlNet, one with an
+image_encoder an IP-Adapter; one with none of these, but with a safetensors file, is a LoRA.
 
 The rule: a folder that cannot be served is refused with its reason; it never hides the others.
 """
@@ -38,7 +38,9 @@ _MAX_OVERRIDE = 1_000_000
 
 _PIPELINE_MULTIPLE_PX = 8
 """Every pipeline insists on it, whatever its VAE's factor."""
-_WHOLE_OVERRIDES = frozenset({"default_width_px", "default_height_px", "size_multiple_px", "default_step_count"})
+_WHOLE_OVERRIDES = frozenset(
+    {"default_width_px", "default_height_px", "size_multiple_px", "default_step_count", "max_sequence_length"}
+)
 _OVERRIDES = _WHOLE_OVERRIDES | {"default_guidance_scale"}
 
 _ENCODER_TENSORS = re.compile(r"(?:text_encoder(?:_[0-9]+)?\.|lora_te[0-9]*_|base_model\.text_encoder)")
@@ -98,10 +100,11 @@ def _read_adapter(root: Path, path: Path) -> LoraEntry | GuideEntry | None:
     weights = folder.weights()
     if weights and path.joinpath("image_encoder", "config.json").is_file():
         return _read_ip_adapter(folder, path, weights)
-    class_name = (folder.find_object("config.json") or {}).get("_class_name")
-    if class_name is not None:
-        return _read_controlnet(folder, path, class_name)
-    return _read_lora(folder, path, weights) if weights else None
+    config = folder.find_object("config.json")
+    if config is None:
+        return _read_lora(folder, path, weights) if weights else None
+    class_name = config.get("_class_name")
+    return None if class_name is None else _read_controlnet(folder, path, class_name)
 
 
 def _read_controlnet(folder: StoreFolder, path: Path, name: object) -> GuideEntry:
@@ -180,6 +183,8 @@ def _read_model(root: Path, path: Path) -> ModelEntry:
         raise Refused("model_index.json has no _class_name that is a class name")
     names = _component_names(index)
     defaults = _read_defaults(folder, names)
+    if "max_sequence_length" in defaults:  # the encoder reads it for itself
+        fields.check_count("max_sequence_length", int(defaults["max_sequence_length"]), fields.MAX_SEQUENCE_LENGTH)
     width_px, height_px = int(defaults["default_width_px"]), int(defaults["default_height_px"])
     fields.check_size(width_px, height_px, int(defaults["size_multiple_px"]))
     return ModelEntry(

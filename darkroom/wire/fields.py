@@ -14,6 +14,7 @@ MIN_SIZE_PX, MAX_SIZE_PX = 16, 2048
 MAX_PIXELS = 10 * 1024 * 1024
 """Of all images of a request together: as PNG, at worst, they fill the largest message."""
 MAX_SEED = (1 << 63) - 1
+MAX_SEQUENCE_LENGTH = 4096
 MAX_LORAS = 8
 MAX_LORA_SCALE = 100.0
 MAX_FRAMES = 512

@@ -25,11 +25,11 @@ async def draw(address: str, count: int) -> list[Drawn]:
 
 
 def check(drawn: Drawn) -> None:
-    """Raises ValueError unless the image is a 64 x 64 PNG of several colours with the prompt in a text chunk."""
+    """Raises ValueError unless the image is a 128 x 128 PNG of several colours with the prompt in a text chunk."""
     (data,) = drawn.images
     image = Image.open(io.BytesIO(data))
-    if image.format != "PNG" or image.size != (64, 64):
-        raise ValueError(f"the image is {image.format} {image.size}, not a 64 x 64 PNG")
+    if image.format != "PNG" or image.size != (128, 128):
+        raise ValueError(f"the image is {image.format} {image.size}, not a 128 x 128 PNG")
     if _PROMPT not in image.info.values():
         raise ValueError(f"no text chunk holds the prompt: {image.info}")
     if len(image.getcolors(image.width * image.height) or ()) < 2:

@@ -73,12 +73,12 @@ def test_run_draws_into_the_named_file(cluster: object, environment: dict[str, s
         "--seed",
         "3",
         "--size",
-        "64x64",
+        "96x64",
         "--scheduler",
         "euler",
     )
     assert done.returncode == 0, done.stderr
-    assert picture(file).size == (64, 64)
+    assert picture(file).size == (96, 64)
     assert picture(file).info["scheduler"] == "euler"
     assert "seed 3" in done.stdout
 
@@ -153,7 +153,7 @@ def test_run_without_a_cluster_starts_one_and_stops_it(environment: dict[str, st
         "3",
     )
     assert done.returncode == 0, done.stderr
-    assert picture(tmp_path / "c.png").size == (64, 64)
+    assert picture(tmp_path / "c.png").size == (128, 128)
 
 
 def test_ctrl_c_stops_everything_that_up_started(environment: dict[str, str], tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ async def test_the_file_says_what_it_was_made_from(client: Client) -> None:
     texts = [Image.open(io.BytesIO(png)).info for png in drawn.images]
     assert len(texts) == 2
     assert texts[0]["prompt"] == "a red ring, größer"
-    assert (texts[0]["seed"], texts[0]["steps"], texts[0]["model"], texts[0]["size"]) == ("5", "4", "shapes", "64x64")
+    assert (texts[0]["seed"], texts[0]["steps"], texts[0]["model"], texts[0]["size"]) == ("5", "4", "shapes", "128x128")
 
 
 async def test_image_i_of_several_is_the_picture_of_seed_plus_i(client: Client) -> None:

@@ -58,7 +58,7 @@ async def test_the_node_client_draws_a_picture(cluster: LocalCluster, node_clien
     prompt = "a large red circle in the center"
     done = await run("node", str(node_client), prompt, "--out", str(file), "--router", cluster.addresses.router)
     assert done.code == 0, done.errors
-    assert picture(file).size == (64, 64)
+    assert picture(file).size == (128, 128)
 
 
 async def test_the_node_client_says_what_the_router_refused(
@@ -89,7 +89,7 @@ async def test_the_documented_buf_curl_lines_work(cluster: LocalCluster, tmp_pat
     png = json.loads("[" + drawn.output.replace("}\n{", "},{") + "]")[-1]["result"]["images"][0]["data"]
     assert base64.b64decode(png).startswith(b"\x89PNG")
     assert as_file.code == 0, as_file.errors
-    assert picture(tmp_path / "star.png").size == (64, 64)
+    assert picture(tmp_path / "star.png").size == (128, 128)
     assert [answer.code for answer in listed] == [0] * len(listed)
     assert "shapes" in listed[0].output
     assert refused.code != 0

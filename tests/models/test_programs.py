@@ -1,5 +1,6 @@
 """The stages' programs in one executor: company, cancelling, failing, several images to a request, frames."""
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -125,3 +126,16 @@ def test_both_experts_of_a_model_of_two_take_part(tiny_store: Path) -> None:
     assert len(called) == 2 * WANTED.steps  # with guidance, two forwards a step
     assert set(called) == {"transformer", "transformer_2"}
     assert called == sorted(called)  # the second only after the first
+
+
+def test_a_model_may_shorten_its_prompts(tiny_store: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_store / "tiny-flux", tmp_path / "short")
+    (folder / "darkroom.json").write_text('{"max_sequence_length": 24}')
+    encoder, denoiser, _ = parts(tmp_path, "short")
+    executor = Executor(max_batch_rows=16)
+    embeddings = encoded(executor, encoder, WANTED)
+    assert embeddings["prompt_embeds"].shape[1] == 24
+    latents, _ = executor.submit(partial(denoise, denoiser, denoise_task(denoiser, WANTED), embeddings, journal()))
+    plain = Plain(tmp_path, "short", denoiser)
+    assert torch.equal(latents.result(60), plain.latents(WANTED, max_sequence_length=24))
+    executor.close()

@@ -56,6 +56,14 @@ def test_a_folder_with_one_safetensors_file_is_a_lora(tmp_path: Path) -> None:
     )
 
 
+def test_a_network_of_transformers_is_passed_over(tmp_path: Path) -> None:
+    write(make_lora(tmp_path, "scorer") / "config.json", {"architectures": ["EfficientNetForImageClassification"]})
+    make_lora(tmp_path)
+    listing = read_model_store(tmp_path)
+    assert [entry.lora_id for entry in listing.loras] == ["ink"]
+    assert listing.refused == {}
+
+
 @pytest.mark.parametrize(
     ("names", "stages"),
     [

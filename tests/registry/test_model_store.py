@@ -117,6 +117,8 @@ def test_darkroom_json_overrides_every_default(tmp_path: Path) -> None:
         {"default_height_px": -8},
         {"size_multiple_px": 0},
         {"size_multiple_px": 4096},
+        {"max_sequence_length": 0},
+        {"max_sequence_length": 5000},
         {"default_guidance_scale": -1},
         {"default_guidance_scale": 1e30},
         {"default_guidance_scale": float("nan")},

@@ -10,6 +10,7 @@ from PIL import Image
 
 from darkroom.models.previews import load_map
 from training.previews import drawn_pictures, fit_map, read_pictures, scaled_latents
+from training.scenes import SIZE_PX
 
 SHAPES = Path(__file__).parents[2] / "models" / "shapes"
 
@@ -94,7 +95,7 @@ def test_pictures_of_a_folder_are_cut_square_and_scaled(tmp_path: Path) -> None:
 
 def test_the_shipped_map_is_the_one_the_code_fits() -> None:
     vae = AutoencoderKL.from_pretrained(SHAPES / "vae", torch_dtype=torch.float32).eval()
-    fit, shipped = fit_map(vae, drawn_pictures(600, 64)), load_map(SHAPES)
+    fit, shipped = fit_map(vae, drawn_pictures(600, SIZE_PX)), load_map(SHAPES)
     assert shipped is not None
     torch.testing.assert_close(fit.preview_map.weights, shipped.weights, rtol=1e-3, atol=1e-3)
     assert 0.4 < fit.explained < 1
