@@ -1,0 +1,50 @@
+"""What ships in `models`: small, loaded by plain diffusers, with this code's tokenizer, drawing what it is told."""
+
+import random
+from pathlib import Path
+
+import pytest
+from transformers import CLIPTokenizer
+
+from training.evaluate import easy_scenes, generate, hard_scenes, load, model_defaults
+from training.judge import mark_all
+from training.scenes import loose_caption, random_scenes
+from training.tokenizer import MAX_TOKENS, make_tokenizer
+
+MODELS = Path(__file__).parents[2] / "models"
+MOST_BYTES = 60_000_000
+LEAST_RIGHT = {"shapes": (0.85, 0.70)}
+"""Of easy and of hard prompts, in a sample of 20 each: the bars are 95 % and 80 % of hundreds."""
+
+
+def test_what_ships_is_small() -> None:
+    assert sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file()) <= MOST_BYTES
+
+
+@pytest.mark.parametrize("model_id", LEAST_RIGHT)
+def test_the_shipped_tokenizer_is_the_one_the_code_makes(model_id: str) -> None:
+    shipped, made, rng = (
+        CLIPTokenizer.from_pretrained(MODELS / model_id / "tokenizer"),
+        make_tokenizer(),
+        random.Random(3),
+    )
+    for scene in random_scenes(50, seed=5):
+        text = loose_caption(scene, rng)
+        assert shipped(text).input_ids == made(text).input_ids
+        assert len(shipped(text).input_ids) <= MAX_TOKENS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_id", LEAST_RIGHT)
+def test_a_shipped_model_draws_what_the_prompt_says(model_id: str) -> None:
+    pipe, settings = load(MODELS / model_id), model_defaults(MODELS / model_id)
+    for scenes, least in zip((easy_scenes(20), hard_scenes(20)), LEAST_RIGHT[model_id], strict=True):
+        marks = mark_all(generate(pipe, scenes, **settings), scenes)
+        assert sum(m.everything for m in marks) >= least * len(scenes)
+
+
+@pytest.mark.parametrize("model_id", LEAST_RIGHT)
+def test_every_shipped_model_has_a_card(model_id: str) -> None:
+    card = (MODELS / model_id / "README.md").read_text()
+    for part in ("license:", "**Data.**", "**Recipe.**", "**Measured**", "**Limits.**", "**Licence.**"):
+        assert part in card
