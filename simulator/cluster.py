@@ -19,8 +19,8 @@ class Hardware:
     """What every way to serve gets alike."""
 
     worker_count: int = 24
-    rooms: tuple[float, float, float] = (1.0, 3.0, 12.0)
-    """Of device, host and disk, in median bases."""
+    rooms: tuple[float, float, float] = (1.42, 3.0, 12.0)
+    """Of device, host and disk, in median bases: a device holds one of any size, the others 3 and 12 of the median."""
     store_share: float = 0.0
     """What the remote store gives all nodes together, in nodes' network cards; 0 without bound."""
 

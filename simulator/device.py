@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from simulator.clock import Clock, Event
 from simulator.costs import Work
@@ -14,24 +14,27 @@ _EPSILON = 1e-9
 class Task(Protocol):
     """What an accelerator is given."""
 
-    request: Request
+    @property
+    def request(self) -> Request:
+        """Whose steps are run."""
 
 
-Started = Callable[[Task], None]
-Finished = Callable[[Task, float], None]
+T = TypeVar("T", bound=Task)
+Started = Callable[[T], None]
+Finished = Callable[[T, float], None]
 """The task, and the seconds until its answer is out: what follows its steps keeps no accelerator busy."""
 
 
-class OneByOne:
+class OneByOne(Generic[T]):
     """Runs requests in the order in which they became ready."""
 
-    def __init__(self, clock: Clock, work: Work, started: Started, finished: Finished) -> None:
+    def __init__(self, clock: Clock, work: Work, started: Started[T], finished: Finished[T]) -> None:
         self._clock, self._work, self._started, self._finished = clock, work, started, finished
-        self._ready: deque[Task] = deque()
-        self._running: Task | None = None
+        self._ready: deque[T] = deque()
+        self._running: T | None = None
         self.busy_s = 0.0
 
-    def add(self, task: Task) -> None:
+    def add(self, task: T) -> None:
         """Runs it when its turn comes."""
         self._ready.append(task)
         self._next()
@@ -52,22 +55,24 @@ class OneByOne:
         self._next()
 
 
-class Together:
+class Together(Generic[T]):
     """Runs all that are ready at once: a round is a step of each, one batch per base model.
 
     A request's fixed seconds follow its steps and keep nobody busy: other stages' work.
     """
 
-    def __init__(self, clock: Clock, work: Work, started: Started, finished: Finished, *, max_images: int) -> None:
+    def __init__(
+        self, clock: Clock, work: Work, started: Started[T], finished: Finished[T], *, max_images: int
+    ) -> None:
         self._clock, self._work, self._started, self._finished = clock, work, started, finished
         self._max_images = max_images
-        self._ready: deque[Task] = deque()
-        self._steps_left: dict[Task, float] = {}
+        self._ready: deque[T] = deque()
+        self._steps_left: dict[T, float] = {}
         self._round_s, self._since_s = 0.0, 0.0
         self._event: Event | None = None
         self.busy_s = 0.0
 
-    def add(self, task: Task) -> None:
+    def add(self, task: T) -> None:
         """Runs it from the next step on, if there is room in the batch."""
         self._ready.append(task)
         self._go_on()

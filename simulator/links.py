@@ -4,55 +4,56 @@ from collections.abc import Sequence
 
 from simulator.clock import Action, Clock, Event
 
-_LEAST_BYTES = 1e-6
+_LEAST = 1e-6
 
 
 class Link:
-    """A network card, a disk, a bus: so many bytes a second for all that use it together."""
+    """A network card, a disk, a bus: so much a second, in median bases, for all that use it together."""
 
-    __slots__ = ("bytes_per_s", "moved_bytes", "name", "transfers")
+    __slots__ = ("moved", "name", "rate", "transfers")
 
-    def __init__(self, name: str, bytes_per_s: float) -> None:
-        self.name, self.bytes_per_s = name, bytes_per_s
+    def __init__(self, name: str, rate: float) -> None:
+        self.name, self.rate = name, rate
         self.transfers: dict[Transfer, None] = {}
-        self.moved_bytes = 0.0
+        self.moved = 0.0
 
     @property
     def share(self) -> float:
-        """Bytes per second of each transfer."""
-        return self.bytes_per_s / len(self.transfers)
+        """Per second, of each transfer."""
+        return self.rate / len(self.transfers)
 
 
 class Transfer:
-    """Bytes on their way."""
+    """Something on its way."""
 
-    __slots__ = ("_clock", "_done", "_event", "_left_bytes", "_links", "_rate", "_since_s")
+    __slots__ = ("_clock", "_done", "_event", "_left", "_links", "_rate", "_since_s")
 
-    def __init__(self, clock: Clock, links: Sequence[Link], size_bytes: float, done: Action) -> None:
-        """Starts at once and calls `done` when all bytes are there."""
+    def __init__(self, clock: Clock, links: Sequence[Link], size: float, done: Action) -> None:
+        """Starts at once and calls `done` when all of it is there."""
         self._clock, self._links, self._done = clock, links, done
-        self._left_bytes, self._rate, self._since_s = size_bytes, 0.0, clock.now_s
+        self._left, self._rate, self._since_s = size, 0.0, clock.now_s
         self._event: Event | None = None
         for link in links:
             link.transfers[self] = None
-            link.moved_bytes += size_bytes
+            link.moved += size
         self._share_anew()
 
     def _share_anew(self) -> None:
         """Every transfer that shares a link with this one goes on at its new rate."""
         for transfer in {other: None for link in self._links for other in link.transfers}:
-            transfer._go_on()
+            transfer.go_on()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """At the rate that its links now have for it."""
         now_s = self._clock.now_s
         rate = min(link.share for link in self._links)
         if rate == self._rate and self._event:
             return
-        self._left_bytes -= self._rate * (now_s - self._since_s)
+        self._left -= self._rate * (now_s - self._since_s)
         self._rate, self._since_s = rate, now_s
         if self._event:
             self._event.cancel()
-        self._event = self._clock.after(max(self._left_bytes, _LEAST_BYTES) / rate, self._end)
+        self._event = self._clock.after(max(self._left, _LEAST) / rate, self._end)
 
     def _end(self) -> None:
         for link in self._links:

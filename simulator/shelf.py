@@ -4,6 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+ROUNDING = 1e-9
+"""Sizes that differ by less are equal."""
+
 
 @dataclass(slots=True)
 class Item:
@@ -57,15 +60,15 @@ class Shelf:
     def make_room(self, size: float, now_s: float) -> bool:
         """Drops what the policy gives up until `size` fits. False, and nothing dropped, if it cannot."""
         needed = self.taken + size - self.room
-        if needed <= 1e-9:
+        if needed <= ROUNDING:
             return True
         idle = [item for item in self.items.values() if not item.use_count]
-        if sum(item.size for item in idle) < needed - 1e-9:
+        if sum(item.size for item in idle) < needed - ROUNDING:
             return False
         for name in self._evict(idle, needed, now_s):
             needed -= self.items[name].size
             self.drop(name)
-            if needed <= 1e-9:
+            if needed <= ROUNDING:
                 return True
         raise AssertionError("the policy gave up too little")
 

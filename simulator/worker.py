@@ -7,6 +7,7 @@ request's turn. A component is loaded once, however many wait for it.
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from simulator.clock import Action, Clock
 from simulator.costs import Loader, Sizes, Work
@@ -38,8 +39,8 @@ class Job:
 class _Load:
     name: str
     size: float
+    since_s: float
     jobs: list[Job] = field(default_factory=list)
-    is_on_host: bool = False
 
 
 class Worker:
@@ -60,7 +61,7 @@ class Worker:
         max_images: int,
         finished: Callable[[Job], None],
     ) -> None:
-        """`rooms`, `evicts`, `holders`: of device, host and disk. `store`: the link that all nodes fetch by, if it is bounded."""
+        """`rooms`, `evicts`, `holders`: of device, host and disk. `store`: the link by which all nodes fetch."""
         self.worker_id, self._clock, self._loader, self._work, self._sizes = worker_id, clock, loader, work, sizes
         self.shelves = [Shelf(*shelf) for shelf in zip(rooms, evicts, holders, strict=True)]
         self.network, self.disk, self.bus = (
@@ -69,6 +70,7 @@ class Worker:
         )
         self._store, self._finished = store, finished
         self.load_counts = [0, 0, 0, 0]
+        self.load_seconds: list[float] = []
         self.jobs: dict[Job, None] = {}
         """Those that are not finished."""
         self._loads: dict[str, _Load] = {}
@@ -77,9 +79,11 @@ class Worker:
         self._attached: dict[str, tuple[LoraUse, ...]] = {}
         self._turns: deque[Job] = deque()
         self._has_turn: Job | None = None
-        device = Together if max_images else OneByOne
-        more = {"max_images": max_images} if max_images else {}
-        self.device = device(clock, work, self._started, self._ended, **more)
+        self.device: Together[Job] | OneByOne[Job] = (
+            Together(clock, work, self._started, self._ended, max_images=max_images)
+            if max_images
+            else OneByOne(clock, work, self._started, self._ended)
+        )
 
     def tier_of(self, name: str) -> int:
         """The nearest tier that holds a component."""
@@ -185,7 +189,7 @@ class Worker:
         for shelf in self.shelves:
             shelf.put(lora.lora_id, size, now_s)
         if tier == REMOTE and self.network:
-            self.network.moved_bytes += size
+            self.network.moved += size
         self._clock.after(seconds, lambda: self._arrived(job))
 
     def _arrived(self, job: Job) -> None:
@@ -196,7 +200,7 @@ class Worker:
     # Loads.
 
     def _load(self, name: str) -> _Load:
-        load = self._loads[name] = _Load(name, self._sizes.base(name))
+        load = self._loads[name] = _Load(name, self._sizes.base(name), self._clock.now_s)
         tier = self.tier_of(name)
         self.load_counts[tier] += 1
         if tier == REMOTE:
@@ -219,7 +223,6 @@ class Worker:
 
     def _on_host(self, load: _Load) -> None:
         self.shelves[HOST].put(load.name, load.size, self._clock.now_s)
-        load.is_on_host = True
         self._without_room.append(load)
         self._place()
 
@@ -232,10 +235,11 @@ class Worker:
                 return
             self._without_room.popleft()
             item.use_count += 1
-            self._move(self.bus, load.size, lambda load=load, item=item: self._loaded(load, item))
+            self._move(self.bus, load.size, partial(self._loaded, load, item))
 
     def _loaded(self, load: _Load, item: Item) -> None:
         del self._loads[load.name]
+        self.load_seconds.append(self._clock.now_s - load.since_s)
         item.use_count -= 1
         for job in load.jobs:
             self._use(job, load.name)

@@ -1,9 +1,11 @@
-"""Requests and when they come: from the public trace, or made up after its published statistics."""
+"""Requests and when they come: read from the public trace, faster, or in another shape. `generator` makes some up."""
 
 import csv
 import gzip
+import math
+import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -66,8 +68,7 @@ def read_gentd26(path: Path, *, max_gap_s: float = MAX_GAP_S) -> list[Request]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:
-    opened = gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="")
-    with opened as file:
+    with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="") as file:
         yield from csv.DictReader(file)
 
 
@@ -78,3 +79,42 @@ def _loras(text: str) -> tuple[LoraUse, ...]:
 def compressed(requests: Sequence[Request], factor: float) -> list[Request]:
     """The same requests, `factor` times as fast after each other."""
     return [replace(request, arrival_s=request.arrival_s / factor) for request in requests]
+
+
+Shape = Callable[[float], float]
+"""How busy a workload is, by the share of it that has passed, 0 to 1."""
+
+
+def diurnal(passed: float) -> float:
+    """Two days: three times as busy in the evening as in the morning."""
+    return 1 + 0.5 * math.sin(4 * math.pi * passed)
+
+
+def bursts(passed: float) -> float:
+    """Five bursts, each a twentieth of the time between and eight times as busy."""
+    return 8.0 if 100 * passed % 20 < 1 else 1.0
+
+
+def azure(passed: float) -> float:
+    """As on Azure Functions: eight times as busy at the peak as at first, in waves."""
+    return 1 + 7 * passed * (0.75 + 0.25 * math.sin(40 * passed))
+
+
+SHAPES: dict[str, Shape] = {"diurnal": diurnal, "bursts": bursts, "azure": azure}
+_SHAPE_STEPS = 10_000
+
+
+def shaped(requests: Sequence[Request], shape: Shape, *, seed: int) -> list[Request]:
+    """The same requests in the same time and order, come by chance (Poisson) at rates of this shape."""
+    span_s, rng = requests[-1].arrival_s, random.Random(seed)
+    total, sums = 0.0, []
+    for step in range(_SHAPE_STEPS):
+        total += shape(step / _SHAPE_STEPS)
+        sums.append(total)
+    arrivals = iter(sorted(rng.random() * total for _ in requests))
+    made, step = [], 0
+    for request, arrival in zip(requests, arrivals, strict=True):
+        while sums[step] < arrival:
+            step += 1
+        made.append(replace(request, arrival_s=span_s * (step + 1) / _SHAPE_STEPS))
+    return made

@@ -23,6 +23,11 @@ class Candidate:
     """Whether a call to it failed a moment ago."""
 
     @property
+    def load_s(self) -> float:
+        """What loading takes."""
+        return self.prepare_s + self.swap_s
+
+    @property
     def finish_s(self) -> float:
         """When the answer is expected."""
         return max(self.queue_s, self.prepare_s) + self.swap_s + self.run_s
@@ -40,13 +45,13 @@ class Placement:
 def choose_replica(candidates: Sequence[Candidate], *, tried: Collection[str] = ()) -> Placement | None:
     """The one that answers first, what later requests lose counted in; None when all were tried.
 
-    Suspects come last. Among equals the smallest id wins.
+    Suspects come last. Among equals the one that loads least wins, then the smallest id.
     """
     left = [candidate for candidate in candidates if candidate.replica_id not in tried]
     if not left:
         return None
-    best = min(left, key=lambda c: (c.is_suspect, c.finish_s + c.displaced_s, c.replica_id))
-    loads = f", loads for {best.prepare_s + best.swap_s:.1f} s" if best.prepare_s + best.swap_s else ""
+    best = min(left, key=lambda c: (c.is_suspect, c.finish_s + c.displaced_s, c.load_s, c.replica_id))
+    loads = f", loads for {best.load_s:.1f} s" if best.load_s else ""
     suspect = ", suspect" if best.is_suspect else ""
     reason = f"best of {len(left)}: done in {best.finish_s:.1f} s, waits {best.queue_s:.1f} s{loads}{suspect}"
     return Placement(best.replica_id, best.finish_s, reason)

@@ -4,8 +4,9 @@ Greedy by worth: the model that would gain most from one more copy goes where it
 than it costs by a margin, or two models would push each other out for ever.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from darkroom.policy.worth import Tier, Worth
 
@@ -59,26 +60,10 @@ class PlanConfig:
 
     margin: float = 1.5
     """How many times what is pushed out a newcomer must be worth: less, and models push each other to and fro."""
-    least_gains_s: tuple[float, float, float] = (0.05, 0.05, 4.0)
+    least_gains_s: tuple[float, float, float] = (0.05, 0.05, 8.0)
     """Gain below which nothing moves to device, host or disk: what moves there, others cannot."""
     most_moves: int = 8
     """Of one plan, per tier."""
-
-
-@dataclass(slots=True)
-class Plan:
-    """Moves, the most worthwhile first of each tier."""
-
-    moves: list[Move] = field(default_factory=list)
-
-
-def copies(nodes: Sequence[Node], tier: Tier) -> dict[str, int]:
-    """How many nodes hold each model on the tier."""
-    counts: dict[str, int] = {}
-    for node in nodes:
-        for name in node.held[tier]:
-            counts[name] = counts.get(name, 0) + 1
-    return counts
 
 
 def plan_moves(
@@ -88,61 +73,65 @@ def plan_moves(
     taken: set[str] = set()
     moves: list[Move] = []
     for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK):
-        counts = copies(nodes, tier)
-        missed = {name: worth.missed_share(name, tier, counts.get(name, 0), now_s) for name in sizes}
-        ranked = sorted(sizes, key=lambda name: (-missed[name] * sizes[name], name))
-        for name in ranked[: config.most_moves]:
-            candidates = [
-                move
-                for node in nodes
-                if node.node_id not in taken and node.may_take(name, tier)
-                for move in [_move(node, name, sizes[name], tier, missed[name], counts, worth, now_s, config)]
-                if move
-            ]
-            if candidates:
-                best = max(candidates, key=lambda move: (move.gain_s, move.node_id))
+        round_ = _Round(tier, Counter(name for node in nodes for name in node.held[tier]), worth, now_s, config)
+        for name, size_bytes in round_.ranked(sizes):
+            free = [node for node in nodes if node.node_id not in taken and node.may_take(name, tier)]
+            found = [move for node in free if (move := round_.move(node, name, size_bytes))]
+            if found:
+                best = max(found, key=lambda move: (move.gain_s, move.node_id))
                 taken.add(best.node_id)
                 moves.append(best)
     return moves
 
 
-def _move(
-    node: Node,
-    name: str,
-    size_bytes: float,
-    tier: Tier,
-    missed: float,
-    counts: Mapping[str, int],
-    worth: Worth,
-    now_s: float,
-    config: PlanConfig,
-) -> Move | None:
-    """The move, if it gains enough on this node."""
-    lost_s = _displaced_s(node, size_bytes, tier, counts, worth, now_s)
-    saved_s = size_bytes * missed * worth.times.saved_s(node.tier_of(name), tier)
-    if lost_s is None or saved_s <= config.margin * lost_s + config.least_gains_s[tier]:
-        return None
-    reason = f"saves {saved_s:.2f} s, pushes out {lost_s:.2f} s, {counts.get(name, 0)} copies so far"
-    return Move(node_id=node.node_id, name=name, tier=tier, gain_s=saved_s - lost_s, reason=reason)
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """The plan of one tier."""
 
+    tier: Tier
+    counts: Counter[str]
+    """Nodes that hold each model on the tier."""
+    worth: Worth
+    now_s: float
+    config: PlanConfig
 
-def _displaced_s(
-    node: Node, size_bytes: float, tier: Tier, counts: Mapping[str, int], worth: Worth, now_s: float
-) -> float | None:
-    """What the least valuable models that must go are worth; None if what is in use leaves no room."""
-    held = node.held[tier]
-    needed = sum(held.values()) + size_bytes - node.rooms[tier]
-    if needed <= 0:
-        return 0.0
-    values = sorted(
-        (worth.value_s(name, size, tier, node.others(name, tier), counts.get(name, 1) - 1, now_s) / size, size)
-        for name, size in held.items()
-        if name not in node.busy_names
-    )
-    lost_s = 0.0
-    for value_per_byte, size in values:
-        lost_s += value_per_byte * size
-        needed -= size
+    def ranked(self, sizes: Mapping[str, float]) -> list[tuple[str, float]]:
+        """Names and sizes of those that may gain enough by one more copy, the most first."""
+        most_s = {name: size * self._saved_s(name, Tier(self.tier + 1)) for name, size in sizes.items()}
+        enough = [name for name, saved_s in most_s.items() if saved_s > self.config.least_gains_s[self.tier]]
+        enough.sort(key=lambda name: (-most_s[name], name))
+        return [(name, sizes[name]) for name in enough[: self.config.most_moves]]
+
+    def move(self, node: Node, name: str, size_bytes: float) -> Move | None:
+        """The move, if it gains enough on this node."""
+        lost_s = self._displaced_s(node, size_bytes)
+        saved_s = size_bytes * self._saved_s(name, node.tier_of(name))
+        if lost_s is None or saved_s <= self.config.margin * lost_s + self.config.least_gains_s[self.tier]:
+            return None
+        reason = f"saves {saved_s:.2f} s, pushes out {lost_s:.2f} s, {self.counts[name]} copies so far"
+        return Move(node_id=node.node_id, name=name, tier=self.tier, gain_s=saved_s - lost_s, reason=reason)
+
+    def _saved_s(self, name: str, source: Tier) -> float:
+        """Per byte, by one more copy."""
+        missed = self.worth.missed_share(name, self.tier, self.counts[name], self.now_s)
+        return missed * self.worth.times.saved_s(source, self.tier)
+
+    def _displaced_s(self, node: Node, size_bytes: float) -> float | None:
+        """What the least valuable models that must go are worth; None if what is in use leaves no room."""
+        held = node.held[self.tier]
+        needed = sum(held.values()) + size_bytes - node.rooms[self.tier]
         if needed <= 0:
-            return lost_s
-    return None
+            return 0.0
+        lost_s = 0.0
+        for value_per_byte, size in sorted(
+            (self._value_per_byte(node, name), size) for name, size in held.items() if name not in node.busy_names
+        ):
+            lost_s += value_per_byte * size
+            needed -= size
+            if needed <= 0:
+                return lost_s
+        return None
+
+    def _value_per_byte(self, node: Node, name: str) -> float:
+        missed = self.worth.missed_share(name, self.tier, self.counts[name] - 1, self.now_s)
+        return missed * self.worth.times.back_s(self.tier, node.others(name, self.tier))

@@ -1,8 +1,8 @@
 """How often each thing is asked for, lately and in the long run. Pure: no clock, no I/O.
 
-SoCC'25 sorts models into hot (the top 5 %), warm (5 to 30 %) and cold; how it measures popularity is not published. Here
-a rate is the mean of several decayed counts, from minutes to a day: requests come in bursts of one user, and models
-stay popular for days.
+SoCC'25 sorts models into hot (the top 5 %), warm (5 to 30 %) and cold; how it measures popularity is not published.
+Here a rate is the mean of several decayed counts, over minutes and over hours: requests come in bursts of one user,
+and models stay popular for days.
 """
 
 import math

@@ -1,9 +1,9 @@
-"""What a copy of a model on a tier is worth: the seconds that requests would lose without it. Pure: no clock, no I/O.
+"""What a copy of a model is worth: the seconds that requests would lose without it. Pure: no clock, no I/O.
 
-This project's own: SoCC'25 names the ingredients (reuse probability, load cost, kind, footprint) and no formula. A copy is
-worth less the more others there are: one more helps only a request that finds the others busy, and how often that is,
-Erlang's loss formula says. And once a request has brought a lost copy back nobody else loses anything: one load is lost at
-most, with the probability that anybody misses the copy within a horizon.
+This project's own: SoCC'25 names the ingredients (reuse probability, load cost, kind, footprint) and no formula. A copy
+is worth less the more others there are: one more helps only a request that finds the others busy, and how often that
+is, Erlang's loss formula says. And once a request has brought a lost copy back nobody else loses anything: one load is
+lost at most, with the probability that anybody misses the copy within a horizon.
 """
 
 import math
@@ -95,12 +95,8 @@ class Worth:
         before_s = self._run_s.get(name, run_s)
         self._run_s[name] = before_s + self._config.run_weight * (run_s - before_s)
 
-    def value_s(self, name: str, size_bytes: float, tier: Tier, kept: Collection[Tier], others: int, now_s: float) -> float:
-        """Seconds that requests lose if one copy goes; the node's tiers `kept` and `others` like it hold it still."""
-        return size_bytes * self.times.back_s(tier, kept) * self.missed_share(name, tier, others, now_s)
-
     def missed_share(self, name: str, tier: Tier, others: int, now_s: float) -> float:
-        """Probability that a request misses the copy. A few seconds old at most: rates fade over minutes."""
+        """Probability that a request misses one copy soon, with `others` like it. Some seconds old at most."""
         key = (name, tier, others)
         known = self._missed.get(key)
         if known is None or now_s - known[0] > _AGE_S:
