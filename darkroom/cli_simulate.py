@@ -12,10 +12,16 @@ from rich.table import Table
 from simulator.cluster import Hardware
 from simulator.report import Figures, Series, summary, write_json
 from simulator.run import PRODUCTION_COMPRESSION, REQUEST_COUNT, Settings, replays
-from simulator.systems import ABLATIONS, BASELINES, LIMITS, OURS, SYSTEMS
+from simulator.systems import ABLATIONS, ADDITIONS, BASELINES, LIMITS, OURS, SYSTEMS
 from simulator.workload import SHAPES
 
-_GROUPS = {"all": SYSTEMS, "baselines": BASELINES, "ours": OURS, "ablations": ABLATIONS, "limits": LIMITS}
+_GROUPS = {
+    "all": SYSTEMS,
+    "baselines": BASELINES,
+    "ours": OURS,
+    "ablations": {**ABLATIONS, **ADDITIONS},
+    "limits": LIMITS,
+}
 _SHOWN: Mapping[str, str] = {
     "mean_s": "mean, s",
     "p99_s": "p99, s",

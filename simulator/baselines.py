@@ -58,6 +58,10 @@ class Baseline:
         """When its turn would come and all is loaded."""
         return max(self.free_s[worker.worker_id], self.cluster.clock.now_s) + self.load_s(worker, request)
 
+    def rewritten(self, request: Request) -> Request:
+        """The request itself."""
+        return request
+
     def choose(self, request: Request) -> Worker:
         """Who runs the request."""
         self.counts[request.base] = self.counts.get(request.base, 0) + 1

@@ -38,6 +38,9 @@ class Service(Protocol):
     def begin(self, cluster: "Cluster") -> None:
         """Before the first request."""
 
+    def rewritten(self, request: Request) -> Request:
+        """The request as workers get it."""
+
     def choose(self, request: Request) -> Worker:
         """Who runs the request."""
 
@@ -85,7 +88,8 @@ class Cluster:
 
         def arrive(request: Request | None) -> None:
             if request:
-                self._service.choose(request).submit(request)
+                asked = self._service.rewritten(request)
+                self._service.choose(asked).submit(asked)
             following = next(waiting, None)
             if following:
                 self.clock.at(following.arrival_s, lambda: arrive(following))

@@ -75,10 +75,11 @@ class Sizes:
     """200 MB to a base's 6.9 GB."""
 
     def base(self, name: str) -> float:
-        """Of a base model."""
+        """Of a base model, or of one with LoRAs merged into it, `base+…`."""
         if not self.spread:
             return 1.0
-        digest = hashlib.blake2b(f"{self.seed} {name}".encode(), digest_size=8).digest()
+        base, _, _ = name.partition("+")
+        digest = hashlib.blake2b(f"{self.seed} {base}".encode(), digest_size=8).digest()
         share = (int.from_bytes(digest, "big") + 0.5) / 2**64
         deviations = max(-_MOST_DEVIATIONS, min(_MOST_DEVIATIONS, NormalDist().inv_cdf(share)))
         return math.exp(self.spread * deviations)

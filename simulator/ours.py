@@ -8,10 +8,13 @@ from darkroom.policy.eviction import Resident, least_recent, least_valuable
 from darkroom.policy.placement import Candidate, choose_replica
 from darkroom.policy.plan import Node, PlanConfig, plan_moves
 from darkroom.policy.popularity import WINDOWS_S, Popularity
+from darkroom.policy.prefetch import BanditConfig
 from darkroom.policy.worth import LoadTimes, Tier, Worth, WorthConfig
 from simulator.baselines import Future
 from simulator.cluster import Cluster
 from simulator.costs import DIRECT, Loader, Work
+from simulator.habits import Habits
+from simulator.merging import Merging
 from simulator.shelf import Evict, Item
 from simulator.worker import DEVICE, Job, Worker
 from simulator.workload import Request
@@ -36,6 +39,10 @@ class DarkroomConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     displaced_weight: float = 0.3
     """Of what later requests lose, against what this one does."""
+    bandit: BanditConfig | None = None
+    """Brings warm models near by the hour of the day."""
+    merges: bool = False
+    """Keeps the most valuable pairs of base and LoRAs merged."""
 
 
 class Darkroom:
@@ -48,7 +55,8 @@ class Darkroom:
         self._worth = Worth(Popularity(config.windows_s), times, config.worth)
         self._free_s: dict[int, float] = {}
         self._asked: dict[str, float] = {}
-        self.move_counts = [0, 0, 0]
+        self._habits: Habits | None = None
+        self._merging: Merging | None = None
 
     def begin(self, cluster: Cluster) -> None:
         """Before the first request."""
@@ -56,6 +64,16 @@ class Darkroom:
         self._free_s = {worker.worker_id: 0.0 for worker in cluster.workers}
         if self._config.plan_every_s:
             cluster.clock.after(self._config.plan_every_s, self._plan)
+        if self._config.bandit:
+            self._habits = Habits(self._config.bandit, cluster, self._worth)
+            cluster.clock.after(self._config.bandit.slot_s, self._next_slot)
+        if self._config.merges:
+            self._merging = Merging(self.loader, cluster.sizes, lora_s=0.0)
+
+    def _next_slot(self) -> None:
+        if self._left and self._habits and self._config.bandit:
+            self._habits.next_slot()
+            self._cluster.clock.after(self._config.bandit.slot_s, self._next_slot)
 
     def finished(self, job: Job) -> None:
         """A request is answered."""
@@ -80,6 +98,10 @@ class Darkroom:
 
         return by_worth
 
+    def rewritten(self, request: Request) -> Request:
+        """The request as workers get it: for a pair that is kept merged, without its LoRAs."""
+        return self._merging.rewritten(request, self._cluster.clock.now_s) if self._merging else request
+
     def choose(self, request: Request) -> Worker:
         """Who runs the request."""
         now_s = self._cluster.clock.now_s
@@ -92,6 +114,8 @@ class Darkroom:
         assert placed is not None
         worker = self._cluster.workers[int(placed.replica_id)]
         self._free_s[worker.worker_id] = now_s + placed.finish_s
+        if self._habits:
+            self._habits.used(request.base, worker)
         return worker
 
     def _candidate(self, worker: Worker, request: Request, run_s: float, now_s: float) -> Candidate:
@@ -130,9 +154,18 @@ class Darkroom:
         now_s = self._cluster.clock.now_s
         nodes = [self._node(worker) for worker in self._cluster.workers]
         for move in plan_moves(nodes, self._asked, self._worth, now_s, self._config.plan):
-            self.move_counts[move.tier] += 1
             self._cluster.workers[int(move.node_id)].prefetch(move.name, move.tier)
+        if self._merging:
+            self._merging.choose(self._least_lost(nodes, now_s), now_s)
         self._cluster.clock.after(self._config.plan_every_s, self._plan)
+
+    def _least_lost(self, nodes: Sequence[Node], now_s: float) -> float:
+        """Seconds per second that requests lose by the least valuable base in any host memory."""
+        names = {name for node in nodes for name in node.held[Tier.HOST] if name in self._asked}
+        horizon_s = self._config.worth.horizons_s[Tier.HOST]
+        holders = self._cluster.holders[Tier.HOST]
+        missed = [self._worth.missed_share(name, Tier.HOST, holders[name] - 1, now_s) for name in names]
+        return min(missed, default=0.0) * self._worth.times.disk_s / horizon_s
 
     def _node(self, worker: Worker) -> Node:
         held = tuple({item.name: item.size for item in shelf.items.values()} for shelf in worker.shelves)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from darkroom.policy.prefetch import BanditConfig
 from simulator import baselines
 from simulator.cluster import Service
 from simulator.costs import FREE, PRODUCTION, Work
@@ -51,10 +52,16 @@ ABLATIONS: Mapping[str, Make] = {
 }
 """Darkroom with one part off."""
 
+ADDITIONS: Mapping[str, Make] = {
+    "with-hours": _ours(replace(_OURS, bandit=BanditConfig(slot_s=900.0))),
+    "with-merged-pairs": _ours(replace(_OURS, merges=True)),
+}
+"""Darkroom with a part that is off, for it has not earned its place."""
+
 LIMITS: Mapping[str, Make] = {
     "all-warm": _ours(replace(_OURS, loader=FREE, plan_every_s=0.0, displaced_weight=0.0)),
     "knows-the-future": _ours(replace(_OURS, eviction="future")),
 }
 """What nobody can reach: no load ever costs anything; evictions know what comes."""
 
-SYSTEMS: Mapping[str, Make] = {**BASELINES, **OURS, **ABLATIONS, **LIMITS}
+SYSTEMS: Mapping[str, Make] = {**BASELINES, **OURS, **ABLATIONS, **ADDITIONS, **LIMITS}

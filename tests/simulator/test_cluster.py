@@ -17,7 +17,7 @@ from simulator.generator import generate
 from simulator.ours import Darkroom, DarkroomConfig
 from simulator.report import measure, series, spread
 from simulator.run import Settings, replay, workload
-from simulator.systems import ABLATIONS, LIMITS, SYSTEMS
+from simulator.systems import ABLATIONS, ADDITIONS, LIMITS, SYSTEMS
 from simulator.worker import Job
 from simulator.workload import LoraUse, Request, compressed
 
@@ -141,7 +141,7 @@ def test_series_count_who_waits_and_spreads_have_intervals() -> None:
 def test_ablations_and_limits_differ_from_the_whole() -> None:
     requests = compressed(generate(1200, seed=4), 16.0)
     whole, _ = replay("darkroom", requests, Settings(), seed=4)
-    for name in (*ABLATIONS, *LIMITS):
+    for name in (*ABLATIONS, *ADDITIONS, *LIMITS):
         assert replay(name, requests, Settings(), seed=4)[0] != whole, name
 
 
