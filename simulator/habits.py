@@ -41,7 +41,10 @@ class Habits:
         bands = self._worth.popularity.bands(now_s)
         warm = [name for name, band in bands.items() if band is Band.WARM and self._holders(name)]
         for name in bandit.choose(warm, bandit.slot(now_s), _PLAYS):
-            holder = min(self._holders(name), key=lambda worker: (len(worker.jobs), worker.worker_id))
+            holders = self._holders(name)  # an earlier play may have taken the last
+            if not holders:
+                continue
+            holder = min(holders, key=lambda worker: (len(worker.jobs), worker.worker_id))
             self._plays[name] = _Play(holder.worker_id, self._cluster.sizes.base(name))
             holder.prefetch(name, HOST)
 
