@@ -150,7 +150,7 @@ $(VENV): pyproject.toml constraints.txt
 	fi
 	@echo "Installing Darkroom into .venv; a few minutes the first time."
 	@$(BIN)/pip install -qq --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	    -c constraints.txt -e '.[stage,local,dev]'
+	    -c constraints.txt -e '.[stage,local,simulate,dev]'
 	@touch $@
 
 $(NODE_MODULES): package.json package-lock.json

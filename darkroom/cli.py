@@ -20,6 +20,7 @@ from rich.table import Table
 
 from darkroom import client as darkroom_client
 from darkroom.cli_options import UsageError, default_store, parse_scaled, parse_size, read_conditions
+from darkroom.cli_simulate import simulate
 from darkroom.errors import DarkroomError, InvalidRequest, NotFound
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
 from darkroom.runtime.processes import ChildFailed
@@ -34,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _out, _err = Console(), Console(stderr=True)
+
+app.command()(simulate)
 
 StorePath = Annotated[
     Path, typer.Option(envvar="DARKROOM_MODEL_STORE", help="Folder of models in diffusers' directory format.")

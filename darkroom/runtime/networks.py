@@ -14,7 +14,8 @@ from darkroom.models.program import Ticket
 from darkroom.models.remote import OutsideCall, Reply
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw, to_torch
-from darkroom.policy.placement import ReplicaLoad, choose_replica
+from darkroom.policy.forecast import Expected, Forecast
+from darkroom.policy.placement import Candidate, choose_replica
 from darkroom.registry.membership import ClusterView
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.exchange import TensorShelf, TensorSource
@@ -50,6 +51,7 @@ class NetworkCalls:
         self._replica, self._view, self._channels = replica, view, channels
         self._shelf, self._source = shelf, source
         self._loop = asyncio.get_running_loop()
+        self._forecast = Forecast()
         self._sent_count: dict[str, int] = {}
         self._suspect_until_s: dict[str, float] = {}
 
@@ -95,7 +97,7 @@ class NetworkCalls:
         failure: Unavailable | Overloaded | DeadlinePassed = StageUnavailable(stage, "none is up")
         while True:
             members = {member.replica_id: member for member in self._view.members(stage)}
-            chosen = choose_replica([self._load(member_id, call) for member_id in members], tried=tried)
+            chosen = choose_replica([self._candidate(member_id, stage, call) for member_id in members], tried=tried)
             if chosen is None:
                 raise failure
             tried.append(chosen.replica_id)
@@ -113,13 +115,14 @@ class NetworkCalls:
             finally:
                 self._sent_count[chosen.replica_id] -= 1
 
-    def _load(self, replica_id: str, call: OutsideCall) -> ReplicaLoad:
-        return ReplicaLoad(
+    def _candidate(self, replica_id: str, stage: str, call: OutsideCall) -> Candidate:
+        expected = Expected(
             replica_id=replica_id,
             running_count=self._sent_count.get(replica_id, 0),
             holds_model=call.model_id in self._view.models_of(replica_id),
             is_suspect=self._suspect_until_s.get(replica_id, 0.0) > time.monotonic(),
         )
+        return self._forecast.candidate(expected, stage, call.model_id, work=1.0, size_bytes=0)
 
     async def _ask(self, address: str, stage: str, request: network_pb2.CallNetworkRequest, left_s: float) -> Reply:
         stub = network_pb2_grpc.NetworkServiceStub(self._channels.to(address))

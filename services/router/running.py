@@ -22,10 +22,11 @@ from darkroom.errors import (
     UnknownHolder,
     UnusableCheckpoint,
 )
-from darkroom.policy.placement import ReplicaLoad, choose_replica
+from darkroom.policy.forecast import Expected, Forecast
+from darkroom.policy.placement import Candidate, choose_replica
 from darkroom.registry.membership import ClusterView
 from darkroom.registry.port import Member
-from darkroom.wire.graphs import Graph, Node
+from darkroom.wire.graphs import DenoiseWork, Graph, Node
 from services.router.attempts import Attempts
 from services.router.values import Answer, Event, Finished, NodeProgress, NodeStarted, NodeTiming, Value
 
@@ -81,6 +82,7 @@ class GraphRunner:
         """`replica_wait_s`: how long to wait for a stage that has no replica; `max_running`: requests at once."""
         self._view, self._stages = view, stages
         self._replica_wait_s, self._max_running = replica_wait_s, max_running
+        self._forecast = Forecast()
         self._running: Counter[str] = Counter()
         self._suspect_until_s: dict[str, float] = {}
         self._request_count = 0
@@ -184,12 +186,18 @@ class GraphRunner:
     async def _call(
         self, run: _Run, node: Node, inputs: Mapping[str, Value], member: Member, attempts: Attempts
     ) -> Answer:
+        held, company = self._holds(member, node), self._running[member.replica_id]
+        start_s = asyncio.get_running_loop().time()
         self._running[member.replica_id] += 1
         try:
             call = self._stages.call(member.address, node, inputs, run.settings, attempts)
-            return await attempts.heed(
+            answer = await attempts.heed(
                 call, node.stage, _SILENCE_S, lambda: bool(self._untried(node.stage, [member.replica_id]))
             )
+            if not company:
+                seconds = asyncio.get_running_loop().time() - start_s
+                self._forecast.add(node.stage, node.work.model_id, work_of(node), seconds, held=held)
+            return answer
         finally:
             self._running[member.replica_id] -= 1
             if not self._running[member.replica_id]:
@@ -205,7 +213,7 @@ class GraphRunner:
                 async with asyncio.timeout(self._replica_wait_s):
                     await self._view.wait_for(lambda _: bool(self._untried(node.stage, tried)))
         by_id = {member.replica_id: member for member in self._untried(node.stage, tried)}
-        chosen = choose_replica([self._load(member, node.work.model_id) for member in by_id.values()])
+        chosen = choose_replica([self._candidate(member, node) for member in by_id.values()])
         if chosen is None:
             raise failure or StageUnavailable(node.stage, "none is up")
         _log.debug("placed", stage=node.stage, replica=chosen.replica_id, why=chosen.reason)
@@ -219,14 +227,29 @@ class GraphRunner:
     def _untried(self, stage: str, tried: list[str]) -> list[Member]:
         return [member for member in self._view.members(stage) if member.replica_id not in tried]
 
-    def _load(self, member: Member, model_id: str) -> ReplicaLoad:
+    def _candidate(self, member: Member, node: Node) -> Candidate:
         now_s = asyncio.get_running_loop().time()
-        return ReplicaLoad(
+        expected = Expected(
             replica_id=member.replica_id,
             running_count=self._running[member.replica_id],
-            holds_model=model_id in self._view.models_of(member.replica_id),
+            holds_model=self._holds(member, node),
             is_suspect=self._suspect_until_s.get(member.replica_id, 0.0) > now_s,
         )
+        entry = self._view.model(node.work.model_id)
+        size_bytes = sum(part.size_bytes for part in entry.components) if entry else 0
+        return self._forecast.candidate(expected, node.stage, node.work.model_id, work_of(node), size_bytes)
+
+    def _holds(self, member: Member, node: Node) -> bool:
+        return node.work.model_id in self._view.models_of(member.replica_id)
+
+
+def work_of(node: Node) -> float:
+    """How much work a node is: steps of megapixels for a denoiser, else 1."""
+    match node.work:
+        case DenoiseWork() as work:
+            return work.step_count * work.image_count * work.width_px * work.height_px / 1e6
+        case _:
+            return 1.0
 
 
 def _is_input_lost(error: DarkroomError) -> bool:

@@ -1,0 +1,12 @@
+"""A cluster on a virtual clock, fed by a trace: the services' own policies, without the services.
+
+workload   requests of a trace or of the generator, compressed and shaped
+costs      seconds and bytes: what components weigh, how fast each tier gives them, what a step takes
+clock      what happens when
+links      transfers that share bandwidth
+shelf      what a tier of a node holds
+worker     a node with one accelerator: its tiers, its queue, its loads
+cluster    workers, one way to route and one plan; replays a workload
+systems    ways to serve: Darkroom's policies, the baselines, the ablations, the limits
+report     figures of a replay, tables, plots
+"""

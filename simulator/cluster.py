@@ -1,0 +1,101 @@
+"""Replays a workload on workers, by one way to serve."""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from simulator.clock import Clock
+from simulator.costs import Loader, Sizes, Work
+from simulator.links import Link
+from simulator.shelf import Evict
+from simulator.worker import Job, Worker
+from simulator.workload import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What every way to serve gets alike."""
+
+    worker_count: int = 24
+    rooms: tuple[float, float, float] = (1.42, 3.0, 12.0)
+    """Of device, host and disk, in median bases: a device holds one of any size, the others 3 and 12 of the median."""
+    store_share: float = 0.0
+    """What the remote store gives all nodes together, in nodes' network cards; 0 without bound."""
+
+
+class Service(Protocol):
+    """A way to serve: what it costs to load and run, who runs a request, what leaves a tier."""
+
+    loader: Loader
+    work: Work
+    max_images: int
+
+    def evict(self, tier: int, worker_id: int) -> Evict:
+        """What decides on a tier of a worker."""
+
+    def begin(self, cluster: "Cluster") -> None:
+        """Before the first request."""
+
+    def rewritten(self, request: Request) -> Request:
+        """The request as workers get it."""
+
+    def choose(self, request: Request) -> Worker:
+        """Who runs the request."""
+
+    def finished(self, job: Job) -> None:
+        """A request is answered."""
+
+
+class Cluster:
+    """Workers on a virtual clock."""
+
+    def __init__(self, service: Service, hardware: Hardware, sizes: Sizes, *, seed: int) -> None:
+        self.clock, self.hardware, self.sizes, self.rng = Clock(), hardware, sizes, random.Random(seed)
+        self._service = service
+        loader = service.loader
+        is_bounded = hardware.store_share and loader.network_s
+        store = Link("store", hardware.store_share / loader.network_s) if is_bounded else None
+        self.jobs: list[Job] = []
+        self.holders: list[Counter[str]] = [Counter(), Counter(), Counter()]
+        """By tier: how many workers hold each component."""
+        self.workers = [
+            Worker(
+                worker_id,
+                self.clock,
+                rooms=hardware.rooms,
+                evicts=[service.evict(tier, worker_id) for tier in range(3)],
+                holders=self.holders,
+                loader=loader,
+                work=service.work,
+                sizes=sizes,
+                store=store,
+                max_images=service.max_images,
+                finished=self._finished,
+            )
+            for worker_id in range(hardware.worker_count)
+        ]
+        service.begin(self)
+
+    def _finished(self, job: Job) -> None:
+        self.jobs.append(job)
+        self._service.finished(job)
+
+    def replay(self, requests: Sequence[Request]) -> list[Job]:
+        """Runs all of them. Returns their jobs in the order in which they ended."""
+        waiting = iter(requests)
+
+        def arrive(request: Request | None) -> None:
+            if request:
+                asked = self._service.rewritten(request)
+                self._service.choose(asked).submit(asked)
+            following = next(waiting, None)
+            if following:
+                self.clock.at(following.arrival_s, lambda: arrive(following))
+
+        arrive(None)
+        self.clock.run()
+        if len(self.jobs) != len(requests):
+            raise AssertionError(f"{len(requests) - len(self.jobs)} requests were never answered")
+        return self.jobs
