@@ -26,7 +26,7 @@ from training.latents import load_latents
 from training.scenes import SIZE_PX
 from training.tokenizer import make_tokenizer
 
-STEPS, GUIDANCE = 25, 3.0
+STEPS, GUIDANCE = 25, 2.0
 _LOOK_EVERY = 1500
 
 

@@ -54,7 +54,7 @@ def test_a_network_that_is_no_controlnet_is_refused(tmp_path: Path, class_name: 
 
 def test_a_config_without_a_class_makes_no_controlnet(tmp_path: Path) -> None:
     make_controlnet(tmp_path, None)
-    assert [lora.lora_id for lora in read_model_store(tmp_path).loras] == ["edges"]
+    assert read_model_store(tmp_path).entries == ()
     make_ip_adapter(tmp_path)
     write(tmp_path / "style" / "config.json", {"made_by": "somebody"})
     assert [guide.guide_id for guide in read_model_store(tmp_path).guides] == ["style"]
