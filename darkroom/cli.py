@@ -20,6 +20,7 @@ from rich.table import Table
 
 from darkroom import client as darkroom_client
 from darkroom.cli_options import UsageError, default_store, parse_scaled, parse_size, read_conditions
+from darkroom.cli_store import store_app
 from darkroom.errors import DarkroomError, InvalidRequest, NotFound
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
 from darkroom.runtime.processes import ChildFailed
@@ -33,6 +34,7 @@ app = typer.Typer(
     help="Serves diffusion models as separate gRPC services.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(store_app, name="store")
 _out, _err = Console(), Console(stderr=True)
 
 StorePath = Annotated[

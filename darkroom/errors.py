@@ -26,6 +26,7 @@
     │   ├── Moved                 go on elsewhere from the last checkpoint
     │   ├── Stalled
     │   ├── StageUnavailable
+    │   ├── StoreUnavailable
     │   └── RegistryUnavailable
     └── DeadlinePassed        allow more time
 
@@ -219,6 +220,13 @@ class StageUnavailable(Unavailable):
 
     def __init__(self, stage: str, problem: str) -> None:
         super().__init__(f"no {stage} replica could serve the request: {problem}", stage=stage, problem=problem)
+
+
+class StoreUnavailable(Unavailable):
+    """What the model store has is not on this node, and cannot be brought here now."""
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(f"{what} cannot be fetched from the model store: {problem}", what=what, problem=problem)
 
 
 class RegistryUnavailable(Unavailable):
