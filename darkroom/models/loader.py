@@ -20,16 +20,20 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.auto_pipeline import AUTO_INPAINT_PIPELINES_MAPPING, AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-from safetensors import safe_open
 from torch.utils._pytree import register_pytree_node
 from transformers import PreTrainedModel
 
 from darkroom.errors import UnusableModel
 from darkroom.families import FAMILIES, REFINERS, UNSUPPORTED, Family
+from darkroom.models.building import Unhandled, build, weights_files
 from darkroom.models.derived import NotDerivable, derived_family
 from darkroom.models.previews import PreviewMap, load_map
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Absent, Batched
+from darkroom.models.store.device import to_device
+from darkroom.models.store.host import Corrupt, merged
+from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.store.header import read_header
 
 _log = structlog.get_logger()
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
@@ -100,19 +104,22 @@ class Part:
         return config
 
 
-def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, send: Send | None = None) -> Part:
-    """Loads the part of a model that `stage` (encoder, denoiser or vae) runs. Raises UnusableModel.
+def load_part(
+    where: Path | ModelStore, model_id: str, stage: str, device: torch.device, *, send: Send | None = None
+) -> Part:
+    """Loads the part of a model that `stage` (encoder, denoiser or vae) runs.
 
     `send` calls networks that other stages hold, where a denoising pipeline calls some; None makes them absent.
+    Raises ModelNotFound, UnusableModel or StoreUnavailable.
     """
     start_s = time.monotonic()
-    folder = root / model_id
-    if not folder.resolve().is_relative_to(root.resolve()):
-        raise UnusableModel(model_id, "its folder lies outside the model store")
-    index = _read_index(folder, model_id)
-    family = _family_of(index, model_id)
+    store = store_of(where)
+    folder = store.fetch_configs(model_id)
+    index, family = _read_family(store, folder)
     try:
-        pipeline, networks = _assemble(folder, index, family, stage=stage, device=device, send=send)
+        pipeline, networks = _assemble(store, folder, index, family, stage=stage, device=device, send=send)
+    except Corrupt as error:
+        raise UnusableModel(model_id, f"a file of its {stage} part is corrupt: {error}") from error
     except LOADING_ERRORS as error:
         raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
     if not any(name in networks for name in family.denoisers):
@@ -130,6 +137,13 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, se
         if part.denoiser_config.get(key) not in values:
             raise UnusableModel(model_id, f"its {key} of {part.denoiser_config.get(key)} is not supported")
     return part
+
+
+def _read_family(store: ModelStore, folder: Path) -> tuple[dict[str, Any], Family]:
+    if not folder.resolve().is_relative_to(store.root.resolve()):
+        raise UnusableModel(folder.name, "its folder lies outside the model store")
+    index = _read_index(folder, folder.name)
+    return index, _family_of(index, folder.name)
 
 
 def _read_index(folder: Path, model_id: str) -> dict[str, Any]:
@@ -166,8 +180,16 @@ def _family_of(index: dict[str, Any], model_id: str) -> Family:
 
 
 def _assemble(
-    folder: Path, index: dict[str, Any], family: Family, *, stage: str, device: torch.device, send: Send | None
+    store: ModelStore,
+    folder: Path,
+    index: dict[str, Any],
+    family: Family,
+    *,
+    stage: str,
+    device: torch.device,
+    send: Send | None,
 ) -> tuple[DiffusionPipeline, dict[str, torch.nn.Module]]:
+    store.fetch_weights(folder.name, *_networks_of(folder.name, index, family, stage))
     components: dict[str, Any] = {}
     networks: dict[str, torch.nn.Module] = {}
     away: dict[str, Any] = {}
@@ -182,7 +204,7 @@ def _assemble(
         kind = _component_class(folder.name, name, *entry)
         if issubclass(kind, ModelMixin | PreTrainedModel):
             if _stage_of(name, family) == stage:
-                networks[name] = load_network(kind, folder / name, device)
+                networks[name] = load_network(kind, folder / name, device, store=store)
                 components[name] = present(name, networks[name], family)
             else:
                 away[name] = kind
@@ -204,6 +226,17 @@ def _assemble(
     return pipeline, networks
 
 
+def _networks_of(model_id: str, index: dict[str, Any], family: Family, stage: str) -> list[str]:
+    """Names of the components whose weights this stage holds."""
+    named = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+    return [
+        name
+        for name, entry in named.items()
+        if _stage_of(name, family) == stage
+        and issubclass(_component_class(model_id, name, *entry), ModelMixin | PreTrainedModel)
+    ]
+
+
 def _stage_of(name: str, family: Family) -> str:
     if name in family.denoisers:
         return "denoiser"
@@ -217,32 +250,43 @@ def _component_class(model_id: str, name: str, library: str, class_name: str) ->
     return kind
 
 
-def load_network(kind: Any, folder: Path, device: torch.device) -> torch.nn.Module:
-    """The network with its weights, on the device, in the type it runs in there."""
-    network = kind.from_pretrained(
-        folder, dtype=running_dtype(folder, device), use_safetensors=True, local_files_only=True
-    )
+def load_network(kind: Any, folder: Path, device: torch.device, *, store: ModelStore | None = None) -> torch.nn.Module:
+    """The network with its weights, on the device, in the type it runs in there. The files are those of `store`."""
+    store, dtype = store or store_of(folder.parent.parent), running_dtype(folder, device)
+    network = _built(kind, folder, dtype, store)
     if getattr(network.config, "force_upcast", False) and network.dtype is torch.float16:
         # pipelines would cast it to and fro around each request, under the feet of the others
         network = network.float()
-    network = network.to(device).eval().requires_grad_(requires_grad=False)
-    assert isinstance(network, torch.nn.Module)
+    return to_device(network.eval().requires_grad_(requires_grad=False), device)
+
+
+def _built(kind: Any, folder: Path, dtype: torch.dtype, store: ModelStore) -> Any:
+    """The network, on the CPU: over the files' bytes in memory where that can be done."""
+    try:
+        paths, is_sharded = weights_files(kind, folder)
+        files = [store.read(path) for path in paths]
+        network = build(kind, folder, merged(files), dtype, is_sharded=is_sharded)
+    except Unhandled as problem:
+        _log.info("built_by_its_library", network=kind.__name__, reason=str(problem))
+        for path in folder.glob("*.safetensors"):
+            store.verify(path)
+        return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    network.__dict__["host_files"] = files  # a network that has the same files shares them while this one lives
     return network
 
 
 def running_dtype(folder: Path, device: torch.device) -> torch.dtype:
     """What a network runs in: single precision on a CPU, elsewhere the type of most of the numbers stored.
 
-    Not "auto": diffusers takes that for single precision.
+    Not "auto": diffusers takes that for single precision. Raises ValueError or OSError for files that are none.
     """
     if device.type == "cpu":
         return torch.float32
     counts: Counter[str] = Counter()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no dict
-                stored = tensors.get_slice(name)
-                counts[stored.get_dtype()] += math.prod(stored.get_shape())
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            for place in read_header(file, path.stat().st_size).tensors.values():
+                counts[place.element_type] += math.prod(place.shape)
     return _STORED_TYPES.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
 
 

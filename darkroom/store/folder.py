@@ -36,18 +36,19 @@ class Folder:
 
     def expected(self, path: Path) -> FileEntry | None:
         """What the index says of the file; of a link, what it says of the link."""
-        try:
-            entry_id, _, rest = path.relative_to(self._root).as_posix().partition("/")
-        except ValueError:
+        root = next((root for root in (self._root, self._root.resolve()) if path.is_relative_to(root)), None)
+        if root is None:
             return None
+        entry_id, _, rest = path.relative_to(root).as_posix().partition("/")
         with self._lock:
             self._read_index()
             manifest = self._manifests.get(entry_id)
         return manifest.files.get(rest) if manifest else None
 
-    def refuse(self, path: Path) -> None:
-        """The file stays where it is; it is refused each time until somebody repairs it."""
+    def refuse(self, path: Path) -> bool:
+        """The file stays where it is, and is refused each time until somebody repairs it."""
         _log.error("file_refused", folder=path.parent.name, file=path.name)
+        return False
 
     def _read_index(self) -> None:
         """Reads the index if it has changed. One that cannot be read is as good as none, and logged."""

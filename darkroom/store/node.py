@@ -62,7 +62,7 @@ class NodeStore:
     ) -> None:
         """`limit_bytes`: of the cache; `refresh_s`: for how long the store's index is taken for new."""
         self._remote, self._objects = Remote(url), Objects(cache, limit_bytes, evict)
-        self._root = cache / "stores" / blake3.blake3(url.rstrip("/").encode()).hexdigest(16)
+        self._root = cache.resolve() / "stores" / blake3.blake3(url.rstrip("/").encode()).hexdigest(16)
         (self._root / FOLDER / "manifests").mkdir(parents=True, exist_ok=True)
         self._limit_bytes, self._refresh_s, self._clock = limit_bytes, refresh_s, clock
         self._refreshing = threading.Lock()
@@ -109,17 +109,20 @@ class NodeStore:
 
     def expected(self, path: Path) -> FileEntry | None:
         """By the manifest of the file's entry; None for a file that it does not name."""
+        if not path.is_relative_to(self._root):
+            return None
         entry_id, _, rest = path.relative_to(self._root).as_posix().partition("/")
         try:
             return self.manifest(entry_id).files.get(rest)
         except (ModelNotFound, UnusableModel, StoreUnavailable):
             return None
 
-    def refuse(self, path: Path) -> None:
+    def refuse(self, path: Path) -> bool:
         """Quarantines the file under all its names."""
         entry = self.expected(path)
         if entry is not None:
             self._objects.quarantine(entry.digest)
+        return entry is not None
 
     def read_start(self, entry_id: str, path: str, limit_bytes: int) -> bytes:
         """The first bytes of a file in the store, not verified. Raises StoreUnavailable."""

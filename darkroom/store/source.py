@@ -31,5 +31,5 @@ class Source(Protocol):
     def expected(self, path: Path) -> FileEntry | None:
         """What a file below `root` must be; None where nobody promised anything."""
 
-    def refuse(self, path: Path) -> None:
-        """Takes a file that is not as expected out of use: it is fetched again when it is next wanted."""
+    def refuse(self, path: Path) -> bool:
+        """Takes a file that is not as expected out of use. Returns whether another can be fetched."""
