@@ -17,6 +17,7 @@ from darkroom.models.loader import LOADING_ERRORS, load_network, meta_network
 from darkroom.models.lone import LoneNetwork, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
+from darkroom.models.store.model_store import ModelStore, store_of
 
 NAME = "image_encoder"
 _STAGE = "encoder"
@@ -62,15 +63,21 @@ def is_ip_adapter(folder: Path) -> bool:
 
 
 def load_image_encoder(
-    root: Path, adapter_id: str, device: torch.device, *, send: Send | None = None, dtype: torch.dtype = torch.float32
+    where: Path | ModelStore,
+    adapter_id: str,
+    device: torch.device,
+    *,
+    send: Send | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> LoneNetwork:
-    """Loads `<root>/<adapter_id>/image_encoder`: with its weights, or, given `send`, only what it takes to call it.
+    """Loads an adapter's image encoder: with its weights, or, given `send`, only what it takes to call it.
 
-    `dtype`: what a caller elsewhere runs in, whatever the encoder does where it is held. Raises ModelNotFound or
-    UnusableModel.
+    `dtype`: what a caller elsewhere runs in, whatever the encoder does where it is held. Raises ModelNotFound,
+    UnusableModel or StoreUnavailable.
     """
     start_s = time.monotonic()
-    folder = root / adapter_id
+    store = store_of(where)
+    root, folder = store.root, store.fetch_configs(adapter_id)
     if not is_ip_adapter(folder):
         raise ModelNotFound(adapter_id)
     if (folder / NAME).resolve().parent.parent != root.resolve():
@@ -78,7 +85,8 @@ def load_image_encoder(
     try:
         kind = getattr(transformers, _class_name(folder / NAME))
         if send is None:
-            network = ImageEncoder(load_network(kind, folder / NAME, device))
+            store.fetch_weights(adapter_id, NAME)
+            network = ImageEncoder(load_network(kind, folder / NAME, device, store=store))
             face: torch.nn.Module = Batched(network, NAME)
         else:
             network = ImageEncoder(meta_network(kind, folder / NAME).to(dtype))

@@ -23,7 +23,7 @@ from diffusers.pipelines.auto_pipeline import AUTO_INPAINT_PIPELINES_MAPPING, AU
 from torch.utils._pytree import register_pytree_node
 from transformers import PreTrainedModel
 
-from darkroom.errors import UnusableModel
+from darkroom.errors import ModelNotFound, UnusableModel
 from darkroom.families import FAMILIES, REFINERS, UNSUPPORTED, Family
 from darkroom.models.building import Unhandled, build, weights_files
 from darkroom.models.derived import NotDerivable, derived_family
@@ -115,6 +115,8 @@ def load_part(
     start_s = time.monotonic()
     store = store_of(where)
     folder = store.fetch_configs(model_id)
+    if not (folder / "model_index.json").is_file():
+        raise ModelNotFound(model_id)
     index, family = _read_family(store, folder)
     try:
         pipeline, networks = _assemble(store, folder, index, family, stage=stage, device=device, send=send)

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import structlog
 import torch
 
-from darkroom.errors import ModelNotFound, Moved, QueueFull, Stalled
+from darkroom.errors import Moved, QueueFull, Stalled
 from darkroom.models.adapters import Adapters
 from darkroom.models.executor import EngineCounts, Executor
 from darkroom.models.loader import Part, load_part
 from darkroom.models.lone import LoneNetwork, OnDemand
 from darkroom.models.program import Ticket
 from darkroom.models.remote import Send
+from darkroom.models.store.model_store import ModelStore, store_of
 from darkroom.wire.tasks import LoraUse
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ class StageReplica:
         *,
         replica_id: str,
         stage: str,
-        model_store: Path,
+        model_store: Path | ModelStore,
         device: str,
         max_running: int,
         max_batch_rows: int,
@@ -62,7 +63,7 @@ class StageReplica:
         Called inside an event loop.
         """
         self.replica_id, self.stage = replica_id, stage
-        self._root, self._device = model_store, torch.device(device)
+        self._store, self._device = store_of(model_store), torch.device(device)
         self._max_running = max_running
         self._executor = Executor(
             max_batch_rows=max_batch_rows,
@@ -73,7 +74,7 @@ class StageReplica:
         )
         self._stalled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._parts: OnDemand[str, Part] = OnDemand(
-            lambda model_id: load_part(model_store, model_id, stage, self._device, send=self.send)
+            lambda model_id: load_part(self._store, model_id, stage, self._device, send=self.send)
         )
         self._shared: list[OnDemand[Any, Any]] = []
         self._announced: set[str] = set()
@@ -111,10 +112,8 @@ class StageReplica:
     async def part(self, model_id: str) -> Part:
         """The stage's part of a model, loaded on first use; concurrent callers share one load.
 
-        Raises ModelNotFound or UnusableModel. A failed load is tried again by the next request.
+        Raises ModelNotFound, UnusableModel or StoreUnavailable. A failed load is tried again by the next request.
         """
-        if model_id not in self._parts and not (self._root / model_id / "model_index.json").is_file():
-            raise ModelNotFound(model_id)
         return await self._parts.get(model_id)
 
     @contextlib.asynccontextmanager
@@ -128,7 +127,7 @@ class StageReplica:
             return
         adapters = part.beside.get("loras")
         if adapters is None:
-            adapters = part.beside["loras"] = Adapters(part, self._root, self._max_lora_bytes)
+            adapters = part.beside["loras"] = Adapters(part, self._store, self._max_lora_bytes)
         with await adapters.load(loras) as combination:
             yield combination.stand_ins()
 

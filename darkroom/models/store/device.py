@@ -32,7 +32,8 @@ def to_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module
             for key, tensor in tensors.items():
                 _copy(tensor, moved[key])
         copying.synchronize()
-    return network._apply(lambda tensor: moved.get(id(tensor), tensor))  # noqa: SLF001 - as Module.to does it
+    network._apply(lambda tensor: moved.get(id(tensor), tensor))  # noqa: SLF001 - as Module.to does it
+    return network
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:

@@ -91,7 +91,7 @@ def _read_block(descriptor: int, into: Bytes, start: int, size_bytes: int, *, is
     while start < stop:
         end = padded_bytes(stop) if is_direct else stop
         try:
-            count = os.preadv(descriptor, [memoryview(into)[start:end]], start)
+            count = os.preadv(descriptor, [into.data[start:end]], start)
         except OSError as error:
             if not (is_direct and error.errno == errno.EINVAL):
                 raise

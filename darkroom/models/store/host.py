@@ -65,6 +65,12 @@ class HostFile:
     """[size_bytes], uint8: the whole file, in a block of the pool."""
     load_s: float
     last_use_s: float = field(default_factory=time.monotonic)
+    version: int = field(init=False)
+    """Of the content as it was read: writing to any view of it counts it up."""
+
+    def __post_init__(self) -> None:
+        """Notes the version."""
+        self.version = self.content._version  # noqa: SLF001 - torch has no other name for it
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors, in place: views of the content, not to be written to."""
@@ -116,6 +122,9 @@ class HostCache:
     def _find(self, key: Key) -> HostFile | None:
         with self._lock:
             found = self._alive.get(key)
+            if found is not None and found.content._version != found.version:  # noqa: SLF001 - as above
+                _log.error("host_file_written_to", tensors=list(found.header.tensors)[:3])
+                found = None
             if found is not None:
                 found.last_use_s = time.monotonic()
             return found
@@ -135,7 +144,7 @@ class HostCache:
         try:
             for there in read_file(file.fileno(), block, size_bytes):
                 if expected is not None:
-                    hasher.update(block[hashed:there])
+                    hasher.update(block.data[hashed:there])
                 hashed = there
                 check(there)
         except ShortFile as error:
