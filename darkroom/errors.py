@@ -20,7 +20,8 @@
     ├── StaleEpoch            give up: a later attempt has taken over
     ├── DigestMismatch        bytes are not what their name says
     ├── Overloaded            try again after `retry_after_s`
-    │   └── QueueFull
+    │   ├── QueueFull
+    │   └── DeviceFull
     ├── Unavailable           try another replica
     │   ├── Draining
     │   ├── Moved                 go on elsewhere from the last checkpoint
@@ -186,6 +187,18 @@ class QueueFull(Overloaded):
     def __init__(self, limit: str, retry_after_s: str) -> None:
         super().__init__(
             f"{limit} requests are running; try again in {retry_after_s} s", limit=limit, retry_after_s=retry_after_s
+        )
+        self.retry_after_s = float(retry_after_s)
+
+
+class DeviceFull(Overloaded):
+    """The models that running requests use leave no room for another."""
+
+    def __init__(self, model_id: str, retry_after_s: str) -> None:
+        super().__init__(
+            f"the device has no room for model_id {model_id!r} beside what is running; try again in {retry_after_s} s",
+            model_id=model_id,
+            retry_after_s=retry_after_s,
         )
         self.retry_after_s = float(retry_after_s)
 

@@ -16,7 +16,7 @@ import torch
 
 from darkroom.errors import ModelNotFound, UnusableModel
 from darkroom.families import CONTROLNETS
-from darkroom.models.loader import LOADING_ERRORS, Part, load_network, meta_network, running_dtype
+from darkroom.models.loader import LOADING_ERRORS, Part, load_network, meta_network, network_size, running_dtype
 from darkroom.models.lone import LoneNetwork, OnDemand, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
@@ -129,12 +129,26 @@ def _class_name(folder: Path, controlnet_id: str) -> str:
     return str(name)
 
 
+def controlnet_sizes(where: Path | ModelStore, controlnet_id: str, device: torch.device) -> dict[str, int]:
+    """Bytes that it takes on the device, by a name for its files. Raises as loading it does."""
+    store = store_of(where)
+    folder = store.fetch_configs(controlnet_id)
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(controlnet_id)
+    store.fetch_weights(controlnet_id, ".")
+    try:
+        return dict([network_size(getattr(diffusers, _class_name(folder, controlnet_id)), folder, device)])
+    except LOADING_ERRORS as error:
+        raise UnusableModel(controlnet_id, f"loading it failed ({type(error).__name__})") from error
+
+
 class ControlNets(OnDemand[str, ControlNet]):
     """The ControlNets that the requests of a replica share. Getting one raises ModelNotFound or UnusableModel."""
 
     def __init__(self, store: Path | ModelStore, device: torch.device, *, send: Send | None = None) -> None:
         """`send`: None holds them here; else they are called at the stage `controlnet`."""
-        super().__init__(lambda controlnet_id: load_controlnet(store, controlnet_id, device, send=send))
+        held = None if send else lambda controlnet_id: controlnet_sizes(store, controlnet_id, device)
+        super().__init__(lambda controlnet_id: load_controlnet(store, controlnet_id, device, send=send), measure=held)
 
 
 def together(

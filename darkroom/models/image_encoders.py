@@ -13,7 +13,7 @@ import transformers
 from diffusers.utils import BaseOutput
 
 from darkroom.errors import ModelNotFound, UnusableModel
-from darkroom.models.loader import LOADING_ERRORS, load_network, meta_network
+from darkroom.models.loader import LOADING_ERRORS, load_network, meta_network, network_size
 from darkroom.models.lone import LoneNetwork, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
@@ -57,9 +57,23 @@ class ImageEncoder(torch.nn.Module):
         return ImageFeatures(image_embeds=answer.image_embeds)
 
 
-def is_ip_adapter(folder: Path) -> bool:
-    """Whether this folder of the model store is an IP-Adapter's."""
+def is_ip_adapter(where: Path | ModelStore, adapter_id: str) -> bool:
+    """Whether this entry of the model store is an IP-Adapter. Raises ModelNotFound, UnusableModel, StoreUnavailable."""
+    folder = store_of(where).fetch_configs(adapter_id)
     return (folder / NAME / "config.json").is_file() and not (folder / "model_index.json").exists()
+
+
+def image_encoder_sizes(where: Path | ModelStore, adapter_id: str, device: torch.device) -> dict[str, int]:
+    """Bytes that it takes on the device, by a name for its files. Raises as loading it does."""
+    store = store_of(where)
+    if not is_ip_adapter(store, adapter_id):
+        raise ModelNotFound(adapter_id)
+    store.fetch_weights(adapter_id, NAME)
+    folder = store.root / adapter_id / NAME
+    try:
+        return dict([network_size(getattr(transformers, _class_name(folder)), folder, device)])
+    except LOADING_ERRORS as error:
+        raise UnusableModel(adapter_id, f"loading its image encoder failed ({type(error).__name__})") from error
 
 
 def load_image_encoder(
@@ -77,8 +91,8 @@ def load_image_encoder(
     """
     start_s = time.monotonic()
     store = store_of(where)
-    root, folder = store.root, store.fetch_configs(adapter_id)
-    if not is_ip_adapter(folder):
+    root, folder = store.root, store.root / adapter_id
+    if not is_ip_adapter(store, adapter_id):
         raise ModelNotFound(adapter_id)
     if (folder / NAME).resolve().parent.parent != root.resolve():
         raise UnusableModel(adapter_id, "its image encoder lies outside its folder")

@@ -78,8 +78,15 @@ class IpAdapters(OnDemand[tuple[str, tuple[str, ...]], Part]):
         """The part with these adapters, in this order. Raises ModelNotFound, UnusableModel or InvalidField."""
         if not adapter_ids:
             return part
-        self._plain[part.model_id] = part
+        if self._plain.get(part.model_id) is not part:
+            self.forget_model(part.model_id)
+            self._plain[part.model_id] = part
         return await self.get((part.model_id, tuple(adapter_ids)))
+
+    def forget_model(self, model_id: str) -> None:
+        """Lets go of a model's part and of all that was made of it."""
+        self._plain.pop(model_id, None)
+        self.forget(lambda key: key[0] == model_id)
 
     def _make(self, key: tuple[str, tuple[str, ...]]) -> Part:
         model_id, adapter_ids = key

@@ -6,6 +6,7 @@ A model's files are not trusted: only classes of diffusers and transformers, onl
 import inspect
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -146,6 +147,43 @@ def _read_family(store: ModelStore, folder: Path) -> tuple[dict[str, Any], Famil
         raise UnusableModel(folder.name, "its folder lies outside the model store")
     index = _read_index(folder, folder.name)
     return index, _family_of(index, folder.name)
+
+
+def part_sizes(where: Path | ModelStore, model_id: str, stage: str, device: torch.device) -> dict[str, int]:
+    """Bytes that each network of a part takes on the device; equal networks of other models have the same name.
+
+    Fetches the files, as `load_part` does, and raises what it does.
+    """
+    store = store_of(where)
+    folder = store.fetch_configs(model_id)
+    if not (folder / "model_index.json").is_file():
+        raise ModelNotFound(model_id)
+    index, family = _read_family(store, folder)
+    names = _networks_of(model_id, index, family, stage)
+    store.fetch_weights(model_id, *names)
+    try:
+        return dict(
+            network_size(_component_class(model_id, name, *index[name]), folder / name, device) for name in names
+        )
+    except LOADING_ERRORS as error:
+        raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
+
+
+def network_size(kind: Any, folder: Path, device: torch.device) -> tuple[str, int]:
+    """A name for the network's files, and the bytes that it takes on the device. Raises ValueError or OSError."""
+    try:
+        paths, _ = weights_files(kind, folder)
+    except Unhandled:
+        paths = sorted(folder.glob("*.safetensors"))
+    width, total, name = running_dtype(folder, device).itemsize, 0, f"{device}"
+    for path in paths:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            name += f"|{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
+            for place in read_header(file, status.st_size).tensors.values():
+                is_float = place.element_type[0] in "FB" and place.element_type != "BOOL"
+                total += math.prod(place.shape) * width if is_float else place.end - place.start
+    return name, total
 
 
 def _read_index(folder: Path, model_id: str) -> dict[str, Any]:

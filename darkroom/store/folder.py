@@ -4,13 +4,24 @@ Where it has an index (`darkroom store index`), what the index names is verified
 files should be.
 """
 
+import contextlib
+import os
 import threading
 from pathlib import Path
 
 import structlog
 
 from darkroom.store.header import Malformed
-from darkroom.store.manifest import INDEX_PATH, MAX_JSON_BYTES, FileEntry, Index, Manifest, digest_of, manifest_path
+from darkroom.store.manifest import (
+    INDEX_PATH,
+    MAX_JSON_BYTES,
+    FileEntry,
+    Index,
+    Manifest,
+    digest_of,
+    is_weights,
+    manifest_path,
+)
 from darkroom.store.source import Wanted
 
 _log = structlog.get_logger()
@@ -33,6 +44,17 @@ class Folder:
 
     def fetch(self, entry_id: str, wanted: Wanted) -> None:
         """Nothing to do."""
+
+    def weights_sizes(self) -> dict[int, float]:
+        """Of all in the folder."""
+        counts: dict[int, float] = {}
+        for base, _, names in os.walk(self._root):
+            for name in names:
+                if is_weights(name):
+                    with contextlib.suppress(OSError):
+                        size_bytes = Path(base, name).stat().st_size
+                        counts[size_bytes] = counts.get(size_bytes, 0.0) + 1.0
+        return counts
 
     def expected(self, path: Path) -> FileEntry | None:
         """What the index says of the file; of a link, what it says of the link."""

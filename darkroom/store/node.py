@@ -7,6 +7,7 @@
 The rule: with the store down, what is here still serves.
 """
 
+import contextlib
 import os
 import secrets
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 import blake3
 import structlog
 
-from darkroom.errors import ModelNotFound, StoreUnavailable, UnusableModel
+from darkroom.errors import DarkroomError, ModelNotFound, StoreUnavailable, UnusableModel
 from darkroom.store.header import Malformed
 from darkroom.store.indexing import write_atomically
 from darkroom.store.manifest import (
@@ -106,6 +107,17 @@ class NodeStore:
         with ThreadPoolExecutor(_CONCURRENT_FILES, thread_name_prefix="fetch") as pool:
             for done in [pool.submit(self._bring, entry_id, path, entry) for path, entry in chosen.items()]:
                 done.result()
+
+    def weights_sizes(self) -> dict[int, float]:
+        """By the manifests that can be read."""
+        counts: dict[int, float] = {}
+        with contextlib.suppress(StoreUnavailable):
+            for entry_id in self.entries():
+                with contextlib.suppress(DarkroomError):
+                    for path, entry in self.manifest(entry_id).files.items():
+                        if is_weights(path):
+                            counts[entry.size_bytes] = counts.get(entry.size_bytes, 0.0) + 1.0
+        return counts
 
     def expected(self, path: Path) -> FileEntry | None:
         """By the manifest of the file's entry; None for a file that it does not name."""

@@ -28,6 +28,9 @@ class Source(Protocol):
         Raises ModelNotFound, UnusableModel for files that are not what the store promises, or StoreUnavailable.
         """
 
+    def weights_sizes(self) -> dict[int, float]:
+        """How many weights files there are of each size, as far as can be said. Raises nothing."""
+
     def expected(self, path: Path) -> FileEntry | None:
         """What a file below `root` must be; None where nobody promised anything."""
 

@@ -13,9 +13,9 @@ def pin(block: Bytes) -> None:
     torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(block.ctypes.data, block.nbytes, 0)))
 
 
-def unpin(address: int) -> None:
+def unpin(block: Bytes) -> None:
     """Undoes `pin`, before the memory goes. Raises RuntimeError."""
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(block.ctypes.data)))
 
 
 def to_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:

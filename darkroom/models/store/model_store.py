@@ -7,8 +7,10 @@ from pathlib import Path, PurePosixPath
 import blake3
 import structlog
 
+from darkroom.models.store.device import pin, unpin
 from darkroom.models.store.host import Corrupt, HostCache, HostFile
 from darkroom.models.store.pool import HostPool
+from darkroom.policy.pinning import size_classes
 from darkroom.store.folder import Folder
 from darkroom.store.source import Source, Wanted, is_small
 
@@ -88,6 +90,15 @@ def _weights_in(components: tuple[str, ...]) -> Wanted:
         return str(pure.parent) in components and _DEFAULT_NAMES.fullmatch(pure.name) is not None
 
     return wanted
+
+
+def model_store(source: Source, *, device: str, pool_bytes: int, host_cache_bytes: int) -> ModelStore:
+    """The store of a stage: over `source`, with `pool_bytes` of memory made ready for the sizes that it has."""
+    pinning = {"pin": pin, "unpin": unpin} if device.startswith("cuda") else {}
+    pool = HostPool(idle_bytes=max(pool_bytes, host_cache_bytes), **pinning)
+    if pool_bytes:
+        pool.prepare(size_classes(source.weights_sizes()), pool_bytes)
+    return ModelStore(source, HostCache(pool, limit_bytes=host_cache_bytes))
 
 
 def store_of(where: Path | ModelStore) -> ModelStore:

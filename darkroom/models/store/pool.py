@@ -25,15 +25,20 @@ _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE, of Linux 5.14."""
 _LARGEST_WASTE = 4
 """A block that is more times too large than this is left for a larger file."""
+Change = Callable[[Bytes], None]
 _log = structlog.get_logger()
+
+
+def _leave(block: Bytes) -> None:
+    """Changes nothing: memory for a CPU needs no pinning."""
 
 
 class HostPool:
     """Blocks of memory. Its methods may be called from any thread."""
 
-    def __init__(self, *, idle_bytes: int, pin: Callable[[Bytes], None] | None = None) -> None:
+    def __init__(self, *, idle_bytes: int, pin: Change = _leave, unpin: Change = _leave) -> None:
         """`idle_bytes`: kept of blocks that nobody uses; `pin` prepares a block for copies to the device."""
-        self._idle_bytes, self._pin = idle_bytes, pin
+        self._idle_bytes, self._pin, self._unpin = idle_bytes, pin, unpin
         self._classes: tuple[SizeClass, ...] = ()
         self._idle: list[mmap.mmap] = []
         self._returned: deque[mmap.mmap] = deque()
@@ -80,15 +85,14 @@ class HostPool:
             self._idle.append(self._returned.popleft())
         self._idle.sort(key=len)
         while sum(len(block) for block in self._idle) > self._idle_bytes:
-            self._idle.pop()
+            self._unpin(np.frombuffer(self._idle.pop(), np.uint8))
 
     def _make(self, size_bytes: int) -> mmap.mmap:
         block = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if size_bytes >= _HUGE_PAGE_BYTES:
             _advise(block, mmap.MADV_HUGEPAGE)
         _advise(block, _POPULATE_WRITE)
-        if self._pin is not None:
-            self._pin(np.frombuffer(block, np.uint8))
+        self._pin(np.frombuffer(block, np.uint8))
         self.made_count += 1
         return block
 
