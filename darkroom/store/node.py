@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import blake3
@@ -44,6 +44,8 @@ _CONCURRENT_FILES = 4
 """Fetched at once for one entry."""
 _ATTEMPTS = 2
 """At fetching a file that is not what it should be on this node's disk."""
+_PATIENCE_S = 1.0
+"""How long a newer index is waited for where there is one."""
 _REFUSED_S = 30.0
 """How long a file that the store itself has wrong is not fetched again."""
 
@@ -66,7 +68,8 @@ class NodeStore:
         self._root = cache.resolve() / "stores" / blake3.blake3(url.rstrip("/").encode()).hexdigest(16)
         (self._root / FOLDER / "manifests").mkdir(parents=True, exist_ok=True)
         self._limit_bytes, self._refresh_s, self._clock = limit_bytes, refresh_s, clock
-        self._refreshing = threading.Lock()
+        self._lock, self._reader = threading.Lock(), ThreadPoolExecutor(1, thread_name_prefix="index")
+        self._reading: Future[None] | None = None
         self._index: Index | None = None
         self._read_s = -float("inf")
         self._manifests: dict[Digest, Manifest] = {}
@@ -182,17 +185,22 @@ class NodeStore:
                     file.unlink(missing_ok=True)
 
     def _current_index(self) -> Index:
-        """The index as last read, read anew when it is due; by one thread, while others go on with what there is."""
-        due = self._clock() - self._read_s >= self._refresh_s
-        if due and self._refreshing.acquire(blocking=self._index is None):
+        """The index, read anew when it is due; all who want it share one read, and wait for it only so long."""
+        with self._lock:
+            if self._clock() - self._read_s >= self._refresh_s and (self._reading is None or self._reading.done()):
+                self._reading = self._reader.submit(self._refresh)
+            reading, known = self._reading, self._index
+        if reading is not None:
             try:
-                if self._clock() - self._read_s >= self._refresh_s:
-                    self._index = self._read_index()
-                    self._read_s = self._clock()
-            finally:
-                self._refreshing.release()
+                reading.result(timeout=None if known is None else _PATIENCE_S)
+            except TimeoutError:
+                _log.warning("store_index_is_slow")
         assert self._index is not None
         return self._index
+
+    def _refresh(self) -> None:
+        self._index = self._read_index()
+        self._read_s = self._clock()
 
     def _read_index(self) -> Index:
         file = self._root / INDEX_PATH
