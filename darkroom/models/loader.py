@@ -32,7 +32,7 @@ from darkroom.models.previews import PreviewMap, load_map
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Absent, Batched
 from darkroom.models.store.device import to_device
-from darkroom.models.store.host import Corrupt, merged
+from darkroom.models.store.host import Corrupt, HostFile, merged, uses
 from darkroom.models.store.model_store import ModelStore, store_of
 from darkroom.store.header import read_header
 
@@ -293,15 +293,18 @@ def _component_class(model_id: str, name: str, library: str, class_name: str) ->
 def load_network(kind: Any, folder: Path, device: torch.device, *, store: ModelStore | None = None) -> torch.nn.Module:
     """The network with its weights, on the device, in the type it runs in there. The files are those of `store`."""
     store, dtype = store or store_of(folder.parent.parent), running_dtype(folder, device)
-    network = _built(kind, folder, dtype, store)
+    network, files = _built(kind, folder, dtype, store)
     if getattr(network.config, "force_upcast", False) and network.dtype is torch.float16:
         # pipelines would cast it to and fro around each request, under the feet of the others
         network = network.float()
-    return to_device(network.eval().requires_grad_(requires_grad=False), device)
+    network = to_device(network.eval().requires_grad_(requires_grad=False), device)
+    if uses(network, files):  # others that have the same files share them while this one lives
+        network.__dict__["host_files"] = files
+    return network
 
 
-def _built(kind: Any, folder: Path, dtype: torch.dtype, store: ModelStore) -> Any:
-    """The network, on the CPU: over the files' bytes in memory where that can be done."""
+def _built(kind: Any, folder: Path, dtype: torch.dtype, store: ModelStore) -> tuple[Any, list[HostFile]]:
+    """The network, on the CPU, over the bytes of files in memory where that can be done."""
     try:
         paths, is_sharded = weights_files(kind, folder)
         files = [store.read(path) for path in paths]
@@ -310,9 +313,8 @@ def _built(kind: Any, folder: Path, dtype: torch.dtype, store: ModelStore) -> An
         _log.info("built_by_its_library", network=kind.__name__, reason=str(problem))
         for path in folder.glob("*.safetensors"):
             store.verify(path)
-        return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
-    network.__dict__["host_files"] = files  # a network that has the same files shares them while this one lives
-    return network
+        return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True), []
+    return network, files
 
 
 def running_dtype(folder: Path, device: torch.device) -> torch.dtype:

@@ -46,8 +46,8 @@ class Objects:
     def find(self, digest: Digest) -> Path | None:
         """The file, noted as used now; None if it is not here."""
         path = self.path(digest)
-        try:
-            os.utime(path)
+        try:  # the time of change stays: by it, whoever has read the file knows that it is still the same
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         except FileNotFoundError:
             return None
         return path
@@ -76,7 +76,7 @@ class Objects:
             self._forget(path)
             path.replace(self._folder / "quarantine" / f"{digest}.{time.time_ns()}")
             _log.error("file_quarantined", digest=digest)
-        for old in sorted((self._folder / "quarantine").iterdir(), key=_age)[:-_MAX_QUARANTINED]:
+        for old in sorted((self._folder / "quarantine").iterdir(), key=_used_s)[:-_MAX_QUARANTINED]:
             old.unlink(missing_ok=True)
 
     def held_bytes(self) -> int:
@@ -153,7 +153,7 @@ class Objects:
             path.unlink(missing_ok=True)
             freed += size_bytes
         residents = [
-            Resident(name=path.name, size_bytes=size, load_s=size / self._rate, last_use_s=_age(path))
+            Resident(name=path.name, size_bytes=size, load_s=size / self._rate, last_use_s=_used_s(path))
             for path, size in self._sizes("objects")
         ]
         sizes = {resident.name: resident.size_bytes for resident in residents}
@@ -213,9 +213,9 @@ class Objects:
         return found
 
 
-def _age(path: Path) -> float:
+def _used_s(path: Path) -> float:
     try:
-        return path.stat().st_mtime
+        return path.stat().st_atime
     except FileNotFoundError:
         return 0.0
 

@@ -1,5 +1,7 @@
 """Host → device: copies beside running forwards, on a stream of their own and in pieces, from pinned memory."""
 
+from typing import Any
+
 import torch
 
 from darkroom.models.store.pool import Bytes
@@ -10,12 +12,17 @@ _PIECE_BYTES = 32 << 20
 
 def pin(block: Bytes) -> None:
     """Registers a block of the pool with the CUDA driver. Raises RuntimeError."""
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(block.ctypes.data, block.nbytes, 0)))
+    _check(torch.cuda.cudart().cudaHostRegister(block.ctypes.data, block.nbytes, 0))
 
 
 def unpin(block: Bytes) -> None:
     """Undoes `pin`, before the memory goes. Raises RuntimeError."""
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(block.ctypes.data)))
+    _check(torch.cuda.cudart().cudaHostUnregister(block.ctypes.data))
+
+
+def _check(code: Any) -> None:
+    if int(code):
+        raise RuntimeError(f"CUDA error {int(code)} on pinning memory")
 
 
 def to_device(network: torch.nn.Module, device: torch.device) -> torch.nn.Module:

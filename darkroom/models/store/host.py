@@ -103,15 +103,17 @@ class HostCache:
             key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
             with self._lock:
                 reading = self._reading.setdefault(key, threading.Lock())
-            with reading:
-                found = self._find(key)
-                if found is None:
-                    fcntl.flock(file, fcntl.LOCK_SH)  # the SSD tier drops nothing that is being read
-                    found = self._read(file, status.st_size, expected)
-                    self._keep(key, found)
-            with self._lock:
-                self._reading.pop(key, None)
-            return found
+            try:
+                with reading:
+                    found = self._find(key)
+                    if found is None:
+                        fcntl.flock(file, fcntl.LOCK_SH)  # the SSD tier drops nothing that is being read
+                        found = self._read(file, status.st_size, expected)
+                        self._keep(key, found)
+                    return found
+            finally:
+                with self._lock:
+                    self._reading.pop(key, None)
 
     @property
     def kept_bytes(self) -> int:
@@ -197,6 +199,12 @@ def _checker(content: torch.Tensor, header: TensorFile) -> Callable[[int], None]
 def _has_nan(tensor: torch.Tensor) -> bool:
     """By the largest value: one that is no number goes through."""
     return tensor.dtype in _CHECKED and tensor.numel() > 0 and bool(tensor.max().isnan())
+
+
+def uses(network: torch.nn.Module, files: list[HostFile]) -> bool:
+    """Whether any of the network's parameters lies in these files' bytes."""
+    blocks = {file.content.untyped_storage().data_ptr() for file in files}
+    return any(p.untyped_storage().data_ptr() in blocks for p in network.parameters() if p.device.type == "cpu")
 
 
 def merged(files: list[HostFile]) -> Mapping[str, torch.Tensor]:
