@@ -67,7 +67,9 @@ class StageReplica:
         `device_budget_bytes`: of all else that is loaded, 0 for no bound. Called inside an event loop.
         """
         self.replica_id, self.stage = replica_id, stage
-        self._store, self._device = store_of(model_store), torch.device(device)
+        self._device = torch.device(device)
+        self.store = store_of(model_store)
+        """Where all that it loads comes from."""
         self._max_running = max_running
         self._executor = Executor(
             max_batch_rows=max_batch_rows,
@@ -78,8 +80,8 @@ class StageReplica:
         )
         self._stalled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._parts: OnDemand[str, Part] = OnDemand(
-            lambda model_id: load_part(self._store, model_id, stage, self._device, send=self.send),
-            measure=lambda model_id: part_sizes(self._store, model_id, stage, self._device),
+            lambda model_id: load_part(self.store, model_id, stage, self._device, send=self.send),
+            measure=lambda model_id: part_sizes(self.store, model_id, stage, self._device),
         )
         self._residency = Residency(device_budget_bytes)
         self._shared: list[OnDemand[Any, Any]] = []
@@ -158,7 +160,7 @@ class StageReplica:
 
         def fetch() -> None:
             with contextlib.suppress(DarkroomError, Refused, Corrupt, OSError):
-                self._store.read(weights_file(self._store, lora_id))
+                self.store.read(weights_file(self.store, lora_id))
 
         work = asyncio.get_running_loop().run_in_executor(None, fetch)
         work.add_done_callback(lambda _: self._prefetching.discard(lora_id))
@@ -174,7 +176,7 @@ class StageReplica:
             return
         adapters = part.beside.get("loras")
         if adapters is None:
-            adapters = part.beside["loras"] = Adapters(part, self._store, self._max_lora_bytes)
+            adapters = part.beside["loras"] = Adapters(part, self.store, self._max_lora_bytes)
         with await adapters.load(loras) as combination:
             yield combination.stand_ins()
 
