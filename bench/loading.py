@@ -34,10 +34,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.report import console, finish, machine, table
-from darkroom.models.loader import load_network
 from darkroom.models.store.host import HostCache
 from darkroom.models.store.model_store import ModelStore
 from darkroom.models.store.pool import HostPool
+from darkroom.models.weights import load_network, load_networks
 from darkroom.policy.pinning import SizeClass
 from darkroom.store.folder import Folder
 from darkroom.store.indexing import write_index
@@ -210,7 +210,7 @@ def _load_ours(root: Path, what: str, files: Sequence[Path], *, prepared: bool =
 
 
 def _pipeline(folder: Path, store: ModelStore) -> Any:
-    networks = {name: load_network(kind, folder / name, _CPU, store=store) for name, kind in _KINDS.items()}
+    networks = load_networks(store, {name: (kind, folder / name) for name, kind in _KINDS.items()}, _CPU)
     absent: dict[str, Any] = dict.fromkeys(("tokenizer", "safety_checker", "feature_extractor"))
     return StableDiffusionPipeline(**networks, **absent, scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"))
 

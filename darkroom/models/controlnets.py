@@ -16,11 +16,12 @@ import torch
 
 from darkroom.errors import ModelNotFound, UnusableModel
 from darkroom.families import CONTROLNETS
-from darkroom.models.loader import LOADING_ERRORS, Part, load_network, meta_network, network_size, running_dtype
+from darkroom.models.loader import Part, meta_network
 from darkroom.models.lone import LoneNetwork, OnDemand, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
 from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.models.weights import LOADING_ERRORS, load_network, network_size, running_dtype
 
 _NAME, _STAGE = "controlnet", "controlnet"
 

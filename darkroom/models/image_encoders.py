@@ -13,11 +13,12 @@ import transformers
 from diffusers.utils import BaseOutput
 
 from darkroom.errors import ModelNotFound, UnusableModel
-from darkroom.models.loader import LOADING_ERRORS, load_network, meta_network, network_size
+from darkroom.models.loader import meta_network
 from darkroom.models.lone import LoneNetwork, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
 from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.models.weights import LOADING_ERRORS, load_network, network_size
 
 NAME = "image_encoder"
 _STAGE = "encoder"

@@ -21,12 +21,13 @@ from darkroom.errors import InvalidField, ModelNotFound, UnusableModel
 from darkroom.models.adapted import tree_copied
 from darkroom.models.image_encoders import NAME as ENCODER
 from darkroom.models.image_encoders import ImageEncoder, load_image_encoder, load_pixel_maker
-from darkroom.models.loader import LOADING_ERRORS, Part, present
+from darkroom.models.loader import Part, present
 from darkroom.models.lone import OnDemand
 from darkroom.models.lora_file import Refused, Tensors, Unfit, check_base, read_tensors, weights_file
 from darkroom.models.remote import Send
 from darkroom.models.standins import StandIn
 from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.models.weights import LOADING_ERRORS
 
 _MAX_BYTES = 8 << 30
 _MAX_KEPT = 8

@@ -5,10 +5,7 @@ A model's files are not trusted: only classes of diffusers and transformers, onl
 
 import inspect
 import json
-import math
-import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,23 +23,18 @@ from transformers import PreTrainedModel
 
 from darkroom.errors import ModelNotFound, UnusableModel
 from darkroom.families import FAMILIES, REFINERS, UNSUPPORTED, Family
-from darkroom.models.building import Unhandled, build, weights_files
 from darkroom.models.derived import NotDerivable, derived_family
 from darkroom.models.previews import PreviewMap, load_map
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Absent, Batched
-from darkroom.models.store.device import to_device
-from darkroom.models.store.host import Corrupt, HostFile, merged, uses
+from darkroom.models.store.host import Corrupt
 from darkroom.models.store.model_store import ModelStore, store_of
-from darkroom.store.header import read_header
+from darkroom.models.weights import LOADING_ERRORS, load_networks, network_size
 
 _log = structlog.get_logger()
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
-"""What a bad folder makes the loaders raise."""
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONING = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
 _VAE_METHODS = ("encode", "decode")
-_STORED_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_INDEX_BYTES = 1 << 20
 
 # Else a batch's distribution of latents would be a leaf, and every request that shared the batch would get all of it.
@@ -169,23 +161,6 @@ def part_sizes(where: Path | ModelStore, model_id: str, stage: str, device: torc
         raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
 
 
-def network_size(kind: Any, folder: Path, device: torch.device) -> tuple[str, int]:
-    """A name for the network's files, and the bytes that it takes on the device. Raises ValueError or OSError."""
-    try:
-        paths, _ = weights_files(kind, folder)
-    except Unhandled:
-        paths = sorted(folder.glob("*.safetensors"))
-    width, total, name = running_dtype(folder, device).itemsize, 0, f"{device}"
-    for path in paths:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            name += f"|{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
-            for place in read_header(file, status.st_size).tensors.values():
-                is_float = place.element_type[0] in "FB" and place.element_type != "BOOL"
-                total += math.prod(place.shape) * width if is_float else place.end - place.start
-    return name, total
-
-
 def _read_index(folder: Path, model_id: str) -> dict[str, Any]:
     try:
         text = (folder / "model_index.json").read_text()[: _MAX_INDEX_BYTES + 1]
@@ -229,9 +204,11 @@ def _assemble(
     device: torch.device,
     send: Send | None,
 ) -> tuple[DiffusionPipeline, dict[str, torch.nn.Module]]:
-    store.fetch_weights(folder.name, *_networks_of(folder.name, index, family, stage))
+    own = _networks_of(folder.name, index, family, stage)
+    store.fetch_weights(folder.name, *own)
+    kinds = {name: _component_class(folder.name, name, *index[name]) for name in own}
+    networks = load_networks(store, {name: (kind, folder / name) for name, kind in kinds.items()}, device)
     components: dict[str, Any] = {}
-    networks: dict[str, torch.nn.Module] = {}
     away: dict[str, Any] = {}
     for name, entry in index.items():
         if not isinstance(entry, list):
@@ -243,8 +220,7 @@ def _assemble(
             continue
         kind = _component_class(folder.name, name, *entry)
         if issubclass(kind, ModelMixin | PreTrainedModel):
-            if _stage_of(name, family) == stage:
-                networks[name] = load_network(kind, folder / name, device, store=store)
+            if name in networks:
                 components[name] = present(name, networks[name], family)
             else:
                 away[name] = kind
@@ -288,48 +264,6 @@ def _component_class(model_id: str, name: str, library: str, class_name: str) ->
     if not isinstance(kind, type):
         raise UnusableModel(model_id, f"its component {name} is no class of diffusers or transformers")
     return kind
-
-
-def load_network(kind: Any, folder: Path, device: torch.device, *, store: ModelStore | None = None) -> torch.nn.Module:
-    """The network with its weights, on the device, in the type it runs in there. The files are those of `store`."""
-    store, dtype = store or store_of(folder.parent.parent), running_dtype(folder, device)
-    network, files = _built(kind, folder, dtype, store)
-    if getattr(network.config, "force_upcast", False) and network.dtype is torch.float16:
-        # pipelines would cast it to and fro around each request, under the feet of the others
-        network = network.float()
-    network = to_device(network.eval().requires_grad_(requires_grad=False), device)
-    if uses(network, files):  # others that have the same files share them while this one lives
-        network.__dict__["host_files"] = files
-    return network
-
-
-def _built(kind: Any, folder: Path, dtype: torch.dtype, store: ModelStore) -> tuple[Any, list[HostFile]]:
-    """The network, on the CPU, over the bytes of files in memory where that can be done."""
-    try:
-        paths, is_sharded = weights_files(kind, folder)
-        files = [store.read(path) for path in paths]
-        network = build(kind, folder, merged(files), dtype, is_sharded=is_sharded)
-    except Unhandled as problem:
-        _log.info("built_by_its_library", network=kind.__name__, reason=str(problem))
-        for path in folder.glob("*.safetensors"):
-            store.verify(path)
-        return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True), []
-    return network, files
-
-
-def running_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """What a network runs in: single precision on a CPU, elsewhere the type of most of the numbers stored.
-
-    Not "auto": diffusers takes that for single precision. Raises ValueError or OSError for files that are none.
-    """
-    if device.type == "cpu":
-        return torch.float32
-    counts: Counter[str] = Counter()
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            for place in read_header(file, path.stat().st_size).tensors.values():
-                counts[place.element_type] += math.prod(place.shape)
-    return _STORED_TYPES.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
 
 
 def meta_network(kind: Any, folder: Path) -> torch.nn.Module:

@@ -74,7 +74,7 @@ def read_tensors(store: ModelStore, path: Path, max_bytes: int) -> tuple[Tensors
             raise Refused(f"has a file of {size_bytes} bytes; at most {max_bytes} are allowed")
         file = store.read(path)
     except Corrupt as error:
-        raise Refused(f"has a file that cannot be used: {error}") from error
+        raise Refused(f"has a safetensors file that cannot be used: {error}") from error
     except OSError as error:
         raise Refused(f"has a file that cannot be read: {error.strerror}") from error
     return {name: _checked(name, tensor) for name, tensor in file.tensors().items()}, _read_metadata(

@@ -74,7 +74,8 @@ class HostFile:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors, in place: views of the content, not to be written to."""
-        return {name: _view(self.content, place) for name, place in self.header.tensors.items()}
+        with torch.inference_mode(mode=False):
+            return {name: _view(self.content, place) for name, place in self.header.tensors.items()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Itself: copies of a network over the same parameters share their file."""
@@ -140,7 +141,8 @@ class HostCache:
         except Malformed as error:
             raise Corrupt(str(error)) from error
         block = self._pool.take(padded_bytes(size_bytes))
-        content = torch.from_numpy(block)[:size_bytes]
+        with torch.inference_mode(mode=False):  # whoever asks: others share it, and inference tensors have no version
+            content = torch.from_numpy(block)[:size_bytes]
         hasher, hashed = blake3.blake3(), 0
         check = _checker(content, header)
         try:

@@ -189,6 +189,14 @@ def test_bytes_that_somebody_wrote_to_are_not_used_again(file: Path) -> None:
     assert torch.equal(cache.read(file, None).tensors()["matrix"], load_file(file)["matrix"])
 
 
+def test_a_file_may_be_read_in_inference_mode(file: Path) -> None:
+    cache = _cache(limit_bytes=1 << 30)
+    with torch.inference_mode():
+        assert not cache.read(file, None).tensors()["matrix"].is_inference()
+    cache.read(file, None)
+    assert cache.read_count == 1
+
+
 def test_a_block_comes_back_when_the_last_tensor_over_it_is_gone(file: Path) -> None:
     pool = HostPool(idle_bytes=1 << 30)
     cache = HostCache(pool, limit_bytes=0)
