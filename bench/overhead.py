@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -207,7 +208,7 @@ def _quantiles(times: Sequence[float]) -> dict[str, Any]:
 
 async def compare(config: ClusterConfig, model_id: str, turn_count: int) -> dict[str, Any]:
     """Starts all sides, lets them take turns, and returns the figures, tables shown."""
-    folder = config.model_store / model_id
+    folder = Path(config.model_store) / model_id
     async with contextlib.AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(LocalCluster(config))
         addresses = cluster.addresses

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.bound import least_s
@@ -237,7 +238,7 @@ def _threads(count: int) -> str:
 
 async def compare(config: ClusterConfig, model_id: str, round_count: int, window_s: float) -> dict[str, Any]:
     """Starts all sides and returns the figures, tables shown."""
-    folder = config.model_store / model_id
+    folder = Path(config.model_store) / model_id
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(name: str, module: str, threads: int) -> Worker:

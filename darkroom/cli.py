@@ -21,6 +21,7 @@ from rich.table import Table
 from darkroom import client as darkroom_client
 from darkroom.cli_options import UsageError, default_store, parse_scaled, parse_size, read_conditions
 from darkroom.cli_simulate import simulate
+from darkroom.cli_store import store_app
 from darkroom.errors import DarkroomError, InvalidRequest, NotFound
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
 from darkroom.runtime.processes import ChildFailed
@@ -34,12 +35,12 @@ app = typer.Typer(
     help="Serves diffusion models as separate gRPC services.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(store_app, name="store")
+app.command()(simulate)
 _out, _err = Console(), Console(stderr=True)
 
-app.command()(simulate)
-
 StorePath = Annotated[
-    Path, typer.Option(envvar="DARKROOM_MODEL_STORE", help="Folder of models in diffusers' directory format.")
+    str, typer.Option(envvar="DARKROOM_MODEL_STORE", help="Folder of models in diffusers' directory format, or a URL.")
 ]
 RouterAddress = Annotated[
     str,
@@ -63,7 +64,7 @@ def up(  # noqa: PLR0917 - a command's options
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of the router; 0 takes a free one.")
     ] = DEFAULT_ROUTER_PORT,
-    model_store: StorePath = Path(),
+    model_store: StorePath = "",
     default_model: Annotated[str, typer.Option(help="Model of requests that name none.")] = "shapes",
     logs: Annotated[
         Path | None, typer.Option(help="Folder for the processes' logs. Default: one that goes with the cluster.")
@@ -80,7 +81,7 @@ def up(  # noqa: PLR0917 - a command's options
         threads=threads,
         router_port=port,
         reflection=reflection,
-        model_store=model_store if model_store != Path() else default_store(),
+        model_store=model_store or default_store(),
         default_model=default_model,
         log_folder=logs,
     )
@@ -158,7 +159,7 @@ def run(  # noqa: PLR0917 - a command's options
     frames: Annotated[int, typer.Option(help="Frames of a video. Default: the pipeline's.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds the request may take.")] = 300.0,
     router: RouterAddress = "",
-    model_store: StorePath = Path(),
+    model_store: StorePath = "",
     *,
     deterministic: Annotated[
         bool, typer.Option(help="Same pixels as plain diffusers, bit for bit: never batched.")
@@ -187,12 +188,12 @@ def run(  # noqa: PLR0917 - a command's options
             frame_count=frames,
             deterministic=deterministic,
         )
-    store = model_store if model_store != Path() else default_store()
+    store = model_store or default_store()
     _run(_draw(drawing, output, router, store, timeout_s=timeout, as_json=as_json))
 
 
 async def _draw(
-    drawing: darkroom_client.Drawing, output: Path, router: str, store: Path, *, timeout_s: float, as_json: bool
+    drawing: darkroom_client.Drawing, output: Path, router: str, store: str | Path, *, timeout_s: float, as_json: bool
 ) -> None:
     async with _some_router(router, store) as address, darkroom_client.Client(router_address=address) as client:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -220,7 +221,7 @@ async def _draw(
 
 
 @contextlib.asynccontextmanager
-async def _some_router(router: str, store: Path) -> AsyncIterator[str]:
+async def _some_router(router: str, store: str | Path) -> AsyncIterator[str]:
     """The router asked for, else that of the cluster that is up, else that of a cluster started for the occasion."""
     known = read_state()
     if router or known:

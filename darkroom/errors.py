@@ -20,12 +20,14 @@
     ├── StaleEpoch            give up: a later attempt has taken over
     ├── DigestMismatch        bytes are not what their name says
     ├── Overloaded            try again after `retry_after_s`
-    │   └── QueueFull
+    │   ├── QueueFull
+    │   └── DeviceFull
     ├── Unavailable           try another replica
     │   ├── Draining
     │   ├── Moved                 go on elsewhere from the last checkpoint
     │   ├── Stalled
     │   ├── StageUnavailable
+    │   ├── StoreUnavailable
     │   └── RegistryUnavailable
     └── DeadlinePassed        allow more time
 
@@ -189,6 +191,18 @@ class QueueFull(Overloaded):
         self.retry_after_s = float(retry_after_s)
 
 
+class DeviceFull(Overloaded):
+    """The models that running requests use leave no room for another."""
+
+    def __init__(self, model_id: str, retry_after_s: str) -> None:
+        super().__init__(
+            f"the device has no room for model_id {model_id!r} beside what is running; try again in {retry_after_s} s",
+            model_id=model_id,
+            retry_after_s=retry_after_s,
+        )
+        self.retry_after_s = float(retry_after_s)
+
+
 class Unavailable(DarkroomError):
     """Down or going down; another replica may serve it."""
 
@@ -219,6 +233,13 @@ class StageUnavailable(Unavailable):
 
     def __init__(self, stage: str, problem: str) -> None:
         super().__init__(f"no {stage} replica could serve the request: {problem}", stage=stage, problem=problem)
+
+
+class StoreUnavailable(Unavailable):
+    """What the model store has is not on this node, and cannot be brought here now."""
+
+    def __init__(self, what: str, problem: str) -> None:
+        super().__init__(f"{what} cannot be fetched from the model store: {problem}", what=what, problem=problem)
 
 
 class RegistryUnavailable(Unavailable):

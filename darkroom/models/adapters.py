@@ -23,7 +23,9 @@ from darkroom.models.dora import Factors, factors_of
 from darkroom.models.forwards import Adapter, carrying
 from darkroom.models.loader import Part
 from darkroom.models.lora import KEPT_SCALES, Lora, read_lora
-from darkroom.models.lora_file import MAX_HEADER_BYTES, Refused, Unfit
+from darkroom.models.lora_file import Refused, Unfit
+from darkroom.models.store.model_store import ModelStore
+from darkroom.store.header import MAX_HEADER_BYTES
 from darkroom.wire.tasks import LoraUse
 
 _RETRY_AFTER_S = "1"
@@ -88,7 +90,7 @@ class Adapters:
     """The LoRAs of one part. Its methods are called on one event loop."""
 
     part: Part
-    store_root: Path
+    store: Path | ModelStore
     max_bytes: int = 2 << 30
     """Of all LoRAs together, as they are in memory."""
     _kept: OrderedDict[str, _Kept] = field(default_factory=OrderedDict)
@@ -139,7 +141,7 @@ class Adapters:
 
     def _read_and_adapt(self, lora_id: str) -> Lora:
         """Runs on a thread of its own."""
-        lora = read_lora(self.part, self.store_root, lora_id, max_bytes=2 * self.max_bytes + MAX_HEADER_BYTES)
+        lora = read_lora(self.part, self.store, lora_id, max_bytes=2 * self.max_bytes + MAX_HEADER_BYTES)
         if lora.size_bytes > self.max_bytes:
             raise Refused(f"takes {lora.size_bytes} bytes; at most {self.max_bytes} are allowed")
         for name, deltas in lora.networks.items():

@@ -16,10 +16,12 @@ import torch
 
 from darkroom.errors import ModelNotFound, UnusableModel
 from darkroom.families import CONTROLNETS
-from darkroom.models.loader import LOADING_ERRORS, Part, load_network, meta_network, running_dtype
+from darkroom.models.loader import Part, meta_network
 from darkroom.models.lone import LoneNetwork, OnDemand, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
+from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.models.weights import LOADING_ERRORS, load_network, network_size, running_dtype
 
 _NAME, _STAGE = "controlnet", "controlnet"
 
@@ -80,22 +82,26 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def load_controlnet(root: Path, controlnet_id: str, device: torch.device, *, send: Send | None = None) -> ControlNet:
-    """Loads `<root>/<controlnet_id>`: with its weights, or, given `send`, only what it takes to call it elsewhere.
+def load_controlnet(
+    where: Path | ModelStore, controlnet_id: str, device: torch.device, *, send: Send | None = None
+) -> ControlNet:
+    """Loads a ControlNet: with its weights, or, given `send`, only what it takes to call it elsewhere.
 
-    Raises ModelNotFound or UnusableModel.
+    Raises ModelNotFound, UnusableModel or StoreUnavailable.
     """
     start_s = time.monotonic()
-    folder = root / controlnet_id
+    store = store_of(where)
+    root, folder = store.root, store.fetch_configs(controlnet_id)
     if not (folder / "config.json").is_file():
         raise ModelNotFound(controlnet_id)
     if not folder.resolve().is_relative_to(root.resolve()):
         raise UnusableModel(controlnet_id, "its folder lies outside the model store")
     name = _class_name(folder, controlnet_id)
     kind = KINDS[name]
+    store.fetch_weights(controlnet_id, ".")
     try:
         if send is None:
-            network = load_network(getattr(diffusers, name), folder, device)
+            network = load_network(getattr(diffusers, name), folder, device, store=store)
             face: torch.nn.Module = Batched(network, _NAME, shared=kind.shared)
         else:
             network = meta_network(getattr(diffusers, name), folder)
@@ -124,12 +130,26 @@ def _class_name(folder: Path, controlnet_id: str) -> str:
     return str(name)
 
 
+def controlnet_sizes(where: Path | ModelStore, controlnet_id: str, device: torch.device) -> dict[str, int]:
+    """Bytes that it takes on the device, by a name for its files. Raises as loading it does."""
+    store = store_of(where)
+    folder = store.fetch_configs(controlnet_id)
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(controlnet_id)
+    store.fetch_weights(controlnet_id, ".")
+    try:
+        return dict([network_size(getattr(diffusers, _class_name(folder, controlnet_id)), folder, device)])
+    except LOADING_ERRORS as error:
+        raise UnusableModel(controlnet_id, f"loading it failed ({type(error).__name__})") from error
+
+
 class ControlNets(OnDemand[str, ControlNet]):
     """The ControlNets that the requests of a replica share. Getting one raises ModelNotFound or UnusableModel."""
 
-    def __init__(self, root: Path, device: torch.device, *, send: Send | None = None) -> None:
+    def __init__(self, store: Path | ModelStore, device: torch.device, *, send: Send | None = None) -> None:
         """`send`: None holds them here; else they are called at the stage `controlnet`."""
-        super().__init__(lambda controlnet_id: load_controlnet(root, controlnet_id, device, send=send))
+        held = None if send else lambda controlnet_id: controlnet_sizes(store, controlnet_id, device)
+        super().__init__(lambda controlnet_id: load_controlnet(store, controlnet_id, device, send=send), measure=held)
 
 
 def together(

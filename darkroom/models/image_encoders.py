@@ -13,10 +13,12 @@ import transformers
 from diffusers.utils import BaseOutput
 
 from darkroom.errors import ModelNotFound, UnusableModel
-from darkroom.models.loader import LOADING_ERRORS, load_network, meta_network
+from darkroom.models.loader import meta_network
 from darkroom.models.lone import LoneNetwork, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched
+from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.models.weights import LOADING_ERRORS, load_network, network_size
 
 NAME = "image_encoder"
 _STAGE = "encoder"
@@ -56,29 +58,50 @@ class ImageEncoder(torch.nn.Module):
         return ImageFeatures(image_embeds=answer.image_embeds)
 
 
-def is_ip_adapter(folder: Path) -> bool:
-    """Whether this folder of the model store is an IP-Adapter's."""
+def is_ip_adapter(where: Path | ModelStore, adapter_id: str) -> bool:
+    """Whether this entry of the model store is an IP-Adapter. Raises ModelNotFound, UnusableModel, StoreUnavailable."""
+    folder = store_of(where).fetch_configs(adapter_id)
     return (folder / NAME / "config.json").is_file() and not (folder / "model_index.json").exists()
 
 
-def load_image_encoder(
-    root: Path, adapter_id: str, device: torch.device, *, send: Send | None = None, dtype: torch.dtype = torch.float32
-) -> LoneNetwork:
-    """Loads `<root>/<adapter_id>/image_encoder`: with its weights, or, given `send`, only what it takes to call it.
+def image_encoder_sizes(where: Path | ModelStore, adapter_id: str, device: torch.device) -> dict[str, int]:
+    """Bytes that it takes on the device, by a name for its files. Raises as loading it does."""
+    store = store_of(where)
+    if not is_ip_adapter(store, adapter_id):
+        raise ModelNotFound(adapter_id)
+    store.fetch_weights(adapter_id, NAME)
+    folder = store.root / adapter_id / NAME
+    try:
+        return dict([network_size(getattr(transformers, _class_name(folder)), folder, device)])
+    except LOADING_ERRORS as error:
+        raise UnusableModel(adapter_id, f"loading its image encoder failed ({type(error).__name__})") from error
 
-    `dtype`: what a caller elsewhere runs in, whatever the encoder does where it is held. Raises ModelNotFound or
-    UnusableModel.
+
+def load_image_encoder(
+    where: Path | ModelStore,
+    adapter_id: str,
+    device: torch.device,
+    *,
+    send: Send | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> LoneNetwork:
+    """Loads an adapter's image encoder: with its weights, or, given `send`, only what it takes to call it.
+
+    `dtype`: what a caller elsewhere runs in, whatever the encoder does where it is held. Raises ModelNotFound,
+    UnusableModel or StoreUnavailable.
     """
     start_s = time.monotonic()
-    folder = root / adapter_id
-    if not is_ip_adapter(folder):
+    store = store_of(where)
+    root, folder = store.root, store.root / adapter_id
+    if not is_ip_adapter(store, adapter_id):
         raise ModelNotFound(adapter_id)
     if (folder / NAME).resolve().parent.parent != root.resolve():
         raise UnusableModel(adapter_id, "its image encoder lies outside its folder")
     try:
         kind = getattr(transformers, _class_name(folder / NAME))
         if send is None:
-            network = ImageEncoder(load_network(kind, folder / NAME, device))
+            store.fetch_weights(adapter_id, NAME)
+            network = ImageEncoder(load_network(kind, folder / NAME, device, store=store))
             face: torch.nn.Module = Batched(network, NAME)
         else:
             network = ImageEncoder(meta_network(kind, folder / NAME).to(dtype))

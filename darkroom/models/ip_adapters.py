@@ -21,11 +21,13 @@ from darkroom.errors import InvalidField, ModelNotFound, UnusableModel
 from darkroom.models.adapted import tree_copied
 from darkroom.models.image_encoders import NAME as ENCODER
 from darkroom.models.image_encoders import ImageEncoder, load_image_encoder, load_pixel_maker
-from darkroom.models.loader import LOADING_ERRORS, Part, present
+from darkroom.models.loader import Part, present
 from darkroom.models.lone import OnDemand
 from darkroom.models.lora_file import Refused, Tensors, Unfit, check_base, read_tensors, weights_file
 from darkroom.models.remote import Send
 from darkroom.models.standins import StandIn
+from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.models.weights import LOADING_ERRORS
 
 _MAX_BYTES = 8 << 30
 _MAX_KEPT = 8
@@ -67,29 +69,37 @@ _KINDS: Mapping[str, _Kind] = {
 class IpAdapters(OnDemand[tuple[str, tuple[str, ...]], Part]):
     """Parts with IP-Adapters, made when they are first asked for. Its methods are called on one event loop."""
 
-    def __init__(self, root: Path, send: Send) -> None:
+    def __init__(self, store: Path | ModelStore, send: Send) -> None:
         """`send` calls the encoder stage."""
         super().__init__(self._make, max_count=_MAX_KEPT)
-        self._root, self._send = root, send
+        self._store, self._send = store, send
         self._plain: dict[str, Part] = {}
 
     async def adapted(self, part: Part, adapter_ids: Sequence[str]) -> Part:
         """The part with these adapters, in this order. Raises ModelNotFound, UnusableModel or InvalidField."""
         if not adapter_ids:
             return part
-        self._plain[part.model_id] = part
+        if self._plain.get(part.model_id) is not part:
+            self.forget_model(part.model_id)
+            self._plain[part.model_id] = part
         return await self.get((part.model_id, tuple(adapter_ids)))
+
+    def forget_model(self, model_id: str) -> None:
+        """Lets go of a model's part and of all that was made of it."""
+        self._plain.pop(model_id, None)
+        self.forget(lambda key: key[0] == model_id)
 
     def _make(self, key: tuple[str, tuple[str, ...]]) -> Part:
         model_id, adapter_ids = key
-        return with_ip_adapters(self._plain[model_id], self._root, adapter_ids, self._send)
+        return with_ip_adapters(self._plain[model_id], self._store, adapter_ids, self._send)
 
 
-def with_ip_adapters(part: Part, root: Path, adapter_ids: Sequence[str], send: Send) -> Part:
+def with_ip_adapters(part: Part, where: Path | ModelStore, adapter_ids: Sequence[str], send: Send) -> Part:
     """A part like this one, whose denoiser has these adapters too: at least one.
 
-    Raises ModelNotFound, UnusableModel, or InvalidField for adapters of other models.
+    Raises ModelNotFound, UnusableModel, StoreUnavailable, or InvalidField for adapters of other models.
     """
+    store = store_of(where)
     kind = _KINDS.get(part.family.pipeline)
     if kind is None:
         raise InvalidField("ip_adapters", f"cannot be used with this model, a {part.family.pipeline}")
@@ -98,9 +108,9 @@ def with_ip_adapters(part: Part, root: Path, adapter_ids: Sequence[str], send: S
     for position, adapter_id in enumerate(adapter_ids):
         if (first := adapter_ids.index(adapter_id)) < position:
             raise InvalidField(f"ip_adapters[{position}].ip_adapter_id", f"repeats ip_adapters[{first}]")
-    states = [_read(part, root, position, adapter_id) for position, adapter_id in enumerate(adapter_ids)]
-    _check_encoders(root, adapter_ids)
-    encoder = load_image_encoder(root, adapter_ids[0], part.device, send=send, dtype=part.denoiser.dtype)
+    states = [_read(part, store, position, adapter_id) for position, adapter_id in enumerate(adapter_ids)]
+    _check_encoders(store, adapter_ids)
+    encoder = load_image_encoder(store, adapter_ids[0], part.device, send=send, dtype=part.denoiser.dtype)
     name = part.denoiser_names[0]
     tree = _adapted(part.networks[name], kind, states)
     _check_projections(getattr(tree, kind.projection).projection, encoder.network, adapter_ids)
@@ -108,19 +118,19 @@ def with_ip_adapters(part: Part, root: Path, adapter_ids: Sequence[str], send: S
     components = {
         name: present(name, tree, part.family),
         ENCODER: encoder.face,
-        "feature_extractor": load_pixel_maker(root, adapter_ids[0], encoder.network),
+        "feature_extractor": load_pixel_maker(store.root, adapter_ids[0], encoder.network),
     }
     for component, value in components.items():
         object.__setattr__(pipeline, component, value)  # not by the pipeline's own way, which writes into its config
     return replace(part, pipeline=pipeline, networks={**part.networks, name: tree})
 
 
-def _read(part: Part, root: Path, position: int, adapter_id: str) -> dict[str, Tensors]:
+def _read(part: Part, store: ModelStore, position: int, adapter_id: str) -> dict[str, Tensors]:
     """The adapter's tensors as diffusers takes them."""
     try:
-        path = weights_file(root, adapter_id)
+        path = weights_file(store, adapter_id)
         check_base(path.parent, part.model_id)
-        tensors, _ = read_tensors(path, _MAX_BYTES)
+        tensors, _ = read_tensors(store, path, _MAX_BYTES)
         return _sorted(tensors)
     except FileNotFoundError as error:
         raise ModelNotFound(adapter_id) from error
@@ -149,9 +159,14 @@ def _sorted(tensors: Tensors) -> dict[str, Tensors]:
     return state
 
 
-def _check_encoders(root: Path, adapter_ids: Sequence[str]) -> None:
+def _check_encoders(store: ModelStore, adapter_ids: Sequence[str]) -> None:
     """Pipelines have one image encoder. Raises InvalidField unless all adapters have the same one."""
-    folders = [(root / adapter_id / ENCODER).resolve() for adapter_id in adapter_ids]
+    if len(adapter_ids) == 1:
+        return
+    for adapter_id in adapter_ids:
+        store.fetch_configs(adapter_id)
+        store.fetch_weights(adapter_id, ENCODER)
+    folders = [(store.root / adapter_id / ENCODER).resolve() for adapter_id in adapter_ids]
     for position, folder in enumerate(folders):
         if folder != folders[0] and _digests(folder) != _digests(folders[0]):
             problem = f"({adapter_ids[position]}) has another image encoder than the first"

@@ -5,9 +5,7 @@ A model's files are not trusted: only classes of diffusers and transformers, onl
 
 import inspect
 import json
-import math
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,25 +18,24 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.auto_pipeline import AUTO_INPAINT_PIPELINES_MAPPING, AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-from safetensors import safe_open
 from torch.utils._pytree import register_pytree_node
 from transformers import PreTrainedModel
 
-from darkroom.errors import UnusableModel
+from darkroom.errors import ModelNotFound, UnusableModel
 from darkroom.families import FAMILIES, REFINERS, UNSUPPORTED, Family
 from darkroom.models.derived import NotDerivable, derived_family
 from darkroom.models.previews import PreviewMap, load_map
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Absent, Batched
+from darkroom.models.store.host import Corrupt
+from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.models.weights import LOADING_ERRORS, load_networks, network_size
 from darkroom.wire.fields import MAX_SEQUENCE_LENGTH
 
 _log = structlog.get_logger()
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
-"""What a bad folder makes the loaders raise."""
 _LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 _CONDITIONING = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
 _VAE_METHODS = ("encode", "decode")
-_STORED_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_INDEX_BYTES = 1 << 20
 
 # Else a batch's distribution of latents would be a leaf, and every request that shared the batch would get all of it.
@@ -103,19 +100,24 @@ class Part:
         return config
 
 
-def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, send: Send | None = None) -> Part:
-    """Loads the part of a model that `stage` (encoder, denoiser or vae) runs. Raises UnusableModel.
+def load_part(
+    where: Path | ModelStore, model_id: str, stage: str, device: torch.device, *, send: Send | None = None
+) -> Part:
+    """Loads the part of a model that `stage` (encoder, denoiser or vae) runs.
 
     `send` calls networks that other stages hold, where a denoising pipeline calls some; None makes them absent.
+    Raises ModelNotFound, UnusableModel or StoreUnavailable.
     """
     start_s = time.monotonic()
-    folder = root / model_id
-    if not folder.resolve().is_relative_to(root.resolve()):
-        raise UnusableModel(model_id, "its folder lies outside the model store")
-    index = _read_object(folder, "model_index.json", model_id)
-    family = _family_of(index, model_id)
+    store = store_of(where)
+    folder = store.fetch_configs(model_id)
+    if not (folder / "model_index.json").is_file():
+        raise ModelNotFound(model_id)
+    index, family = _read_family(store, folder)
     try:
-        pipeline, networks = _assemble(folder, index, family, stage=stage, device=device, send=send)
+        pipeline, networks = _assemble(store, folder, index, family, stage=stage, device=device, send=send)
+    except Corrupt as error:
+        raise UnusableModel(model_id, f"a file of its {stage} part is corrupt: {error}") from error
     except LOADING_ERRORS as error:
         raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
     if not any(name in networks for name in family.denoisers):
@@ -134,6 +136,33 @@ def load_part(root: Path, model_id: str, stage: str, device: torch.device, *, se
         if part.denoiser_config.get(key) not in values:
             raise UnusableModel(model_id, f"its {key} of {part.denoiser_config.get(key)} is not supported")
     return part
+
+
+def _read_family(store: ModelStore, folder: Path) -> tuple[dict[str, Any], Family]:
+    if not folder.resolve().is_relative_to(store.root.resolve()):
+        raise UnusableModel(folder.name, "its folder lies outside the model store")
+    index = _read_object(folder, "model_index.json", folder.name)
+    return index, _family_of(index, folder.name)
+
+
+def part_sizes(where: Path | ModelStore, model_id: str, stage: str, device: torch.device) -> dict[str, int]:
+    """Bytes that each network of a part takes on the device; equal networks of other models have the same name.
+
+    Fetches the files, as `load_part` does, and raises what it does.
+    """
+    store = store_of(where)
+    folder = store.fetch_configs(model_id)
+    if not (folder / "model_index.json").is_file():
+        raise ModelNotFound(model_id)
+    index, family = _read_family(store, folder)
+    names = _networks_of(model_id, index, family, stage)
+    store.fetch_weights(model_id, *names)
+    try:
+        return dict(
+            network_size(_component_class(model_id, name, *index[name]), folder / name, device) for name in names
+        )
+    except LOADING_ERRORS as error:
+        raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
 
 
 def _read_object(folder: Path, name: str, model_id: str) -> dict[str, Any]:
@@ -178,10 +207,20 @@ def _family_of(index: dict[str, Any], model_id: str) -> Family:
 
 
 def _assemble(
-    folder: Path, index: dict[str, Any], family: Family, *, stage: str, device: torch.device, send: Send | None
+    store: ModelStore,
+    folder: Path,
+    index: dict[str, Any],
+    family: Family,
+    *,
+    stage: str,
+    device: torch.device,
+    send: Send | None,
 ) -> tuple[DiffusionPipeline, dict[str, torch.nn.Module]]:
+    own = _networks_of(folder.name, index, family, stage)
+    store.fetch_weights(folder.name, *own)
+    kinds = {name: _component_class(folder.name, name, *index[name]) for name in own}
+    networks = load_networks(store, {name: (kind, folder / name) for name, kind in kinds.items()}, device)
     components: dict[str, Any] = {}
-    networks: dict[str, torch.nn.Module] = {}
     away: dict[str, Any] = {}
     for name, entry in index.items():
         if not isinstance(entry, list):
@@ -193,8 +232,7 @@ def _assemble(
             continue
         kind = _component_class(folder.name, name, *entry)
         if issubclass(kind, ModelMixin | PreTrainedModel):
-            if _stage_of(name, family) == stage:
-                networks[name] = load_network(kind, folder / name, device)
+            if name in networks:
                 components[name] = present(name, networks[name], family)
             else:
                 away[name] = kind
@@ -216,6 +254,17 @@ def _assemble(
     return pipeline, networks
 
 
+def _networks_of(model_id: str, index: dict[str, Any], family: Family, stage: str) -> list[str]:
+    """Names of the components whose weights this stage holds."""
+    named = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+    return [
+        name
+        for name, entry in named.items()
+        if _stage_of(name, family) == stage
+        and issubclass(_component_class(model_id, name, *entry), ModelMixin | PreTrainedModel)
+    ]
+
+
 def _stage_of(name: str, family: Family) -> str:
     if name in family.denoisers:
         return "denoiser"
@@ -227,35 +276,6 @@ def _component_class(model_id: str, name: str, library: str, class_name: str) ->
     if not isinstance(kind, type):
         raise UnusableModel(model_id, f"its component {name} is no class of diffusers or transformers")
     return kind
-
-
-def load_network(kind: Any, folder: Path, device: torch.device) -> torch.nn.Module:
-    """The network with its weights, on the device, in the type it runs in there."""
-    network = kind.from_pretrained(
-        folder, dtype=running_dtype(folder, device), use_safetensors=True, local_files_only=True
-    )
-    if getattr(network.config, "force_upcast", False) and network.dtype is torch.float16:
-        # pipelines would cast it to and fro around each request, under the feet of the others
-        network = network.float()
-    network = network.to(device).eval().requires_grad_(requires_grad=False)
-    assert isinstance(network, torch.nn.Module)
-    return network
-
-
-def running_dtype(folder: Path, device: torch.device) -> torch.dtype:
-    """What a network runs in: single precision on a CPU, elsewhere the type of most of the numbers stored.
-
-    Not "auto": diffusers takes that for single precision.
-    """
-    if device.type == "cpu":
-        return torch.float32
-    counts: Counter[str] = Counter()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no dict
-                stored = tensors.get_slice(name)
-                counts[stored.get_dtype()] += math.prod(stored.get_shape())
-    return _STORED_TYPES.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
 
 
 def meta_network(kind: Any, folder: Path) -> torch.nn.Module:

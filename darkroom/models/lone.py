@@ -7,6 +7,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,11 +15,14 @@ from typing import Any, Generic, TypeVar
 import structlog
 import torch
 
-from darkroom.errors import InvalidRequest, NotFound
+from darkroom.errors import InvalidRequest, NotFound, Overloaded
 from darkroom.models.loader import NetworkState, network_state
+from darkroom.models.residency import Entry, Residency
 
 _log = structlog.get_logger()
 _MAX_CONFIG_BYTES = 1 << 20
+_CONCURRENT_LOADS = 32
+"""One must not wait for another: most of the time of a load is spent waiting for a disk or a server."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,25 +71,42 @@ T = TypeVar("T")
 class OnDemand(Generic[K, T]):
     """What the requests of a replica share, loaded on first use. Its methods are called on one event loop."""
 
-    def __init__(self, load: Callable[[K], T], *, max_count: int | None = None) -> None:
-        """`load` runs on a thread of its own; past `max_count` what was asked for least recently is let go."""
-        self._load, self._max_count = load, max_count
+    def __init__(
+        self,
+        load: Callable[[K], T],
+        *,
+        max_count: int | None = None,
+        measure: Callable[[K], Mapping[str, int]] | None = None,
+    ) -> None:
+        """`load` runs on a thread of its own; past `max_count` what was asked for least recently is let go.
+
+        `measure`: bytes that it will take on the device, by component; it runs on such a thread too.
+        """
+        self._load, self._max_count, self._measure = load, max_count, measure
+        self._threads = ThreadPoolExecutor(_CONCURRENT_LOADS, thread_name_prefix="load")
         self._loads: dict[K, asyncio.Task[T]] = {}
+        self._entries: dict[K, Entry] = {}
+        self.residency: Residency = Residency()
+        """What it is counted in."""
         self.on_loaded: Callable[[T], Awaitable[None]] | None = None
         """Told of each that is added."""
+        self.on_dropped: Callable[[T], None] | None = None
+        """Told of each that goes to make room."""
 
     async def get(self, key: K) -> T:
         """What `load` makes of the key; concurrent callers share one load, and see what it raises.
 
-        A failed load is tried again by the next request.
+        A failed load is tried again by the next request. What a request gets here stays while it runs.
         """
         task = self._loads.pop(key, None)
         if task is None:
+            self._entries[key] = Entry(_named(key), lambda: self._drop(key))
             task = asyncio.create_task(self._loaded(key))
             task.add_done_callback(lambda task: task.cancelled() or task.exception())  # all callers may have left
         self._loads[key] = task  # the last of all
+        self.residency.hold(self._entries[key])
         if self._max_count is not None and len(self._loads) > self._max_count:
-            del self._loads[next(key for key, other in self._loads.items() if other is not task)]
+            self._forget(next(key for key, other in self._loads.items() if other is not task))
         return await asyncio.shield(task)
 
     def __contains__(self, key: K) -> bool:
@@ -98,17 +119,41 @@ class OnDemand(Generic[K, T]):
         done = [task for task in self._loads.values() if task.done() and not task.cancelled()]
         return tuple(task.result() for task in done if task.exception() is None)
 
+    def forget(self, is_meant: Callable[[K], bool]) -> None:
+        """Lets go of those whose key is meant; requests that have them go on with them."""
+        for key in [key for key in self._loads if is_meant(key)]:
+            self._forget(key)
+
+    def _forget(self, key: K) -> None:
+        del self._loads[key]
+        self.residency.remove(self._entries.pop(key))
+
+    def _drop(self, key: K) -> None:
+        task = self._loads.pop(key)
+        del self._entries[key]
+        if self.on_dropped:
+            self.on_dropped(task.result())
+
     async def _loaded(self, key: K) -> T:
-        start_s = time.monotonic()
+        loop, start_s, entry = asyncio.get_running_loop(), time.monotonic(), self._entries[key]
         try:
-            made = await asyncio.to_thread(self._load, key)
+            if self._measure is not None and self.residency.budget_bytes:
+                entry.sizes = await loop.run_in_executor(self._threads, self._measure, key)
+            await self.residency.admit(entry)
+            made = await loop.run_in_executor(self._threads, self._load, key)
         except BaseException as error:
+            self.residency.remove(entry)
             if self._loads.get(key) is asyncio.current_task():
-                del self._loads[key]
-            level = "info" if isinstance(error, InvalidRequest | NotFound) else "error"
+                del self._loads[key], self._entries[key]
+            level = "info" if isinstance(error, InvalidRequest | NotFound | Overloaded) else "error"
             getattr(_log, level)("load_failed", model_id=key, problem=str(error), cause=repr(error.__cause__))
             raise
-        _log.info("loaded", model_id=key, load_s=round(time.monotonic() - start_s, 3))
+        entry.load_s, entry.is_loaded = time.monotonic() - start_s, True
+        _log.info("loaded", model_id=key, load_s=round(entry.load_s, 3))
         if self.on_loaded:
             await self.on_loaded(made)
         return made
+
+
+def _named(key: Hashable) -> str:
+    return key if isinstance(key, str) else str(key)

@@ -22,6 +22,7 @@ from diffusers.utils import (
 
 from darkroom.models.loader import Part
 from darkroom.models.lora_file import Refused, Tensors, Unfit, check_base, read_tensors, weights_file
+from darkroom.models.store.model_store import ModelStore, store_of
 
 KEPT_SCALES = 4
 """Of a LoRA with magnitudes: for how many scales its factors, each as large as a magnitude, are kept."""
@@ -81,14 +82,15 @@ class Lora:
         return sum(delta.size_bytes for deltas in self.networks.values() for delta in deltas.values())
 
 
-def read_lora(part: Part, root: Path, lora_id: str, *, max_bytes: int) -> Lora:
-    """Reads the LoRA `root/lora_id`. Raises FileNotFoundError if the store has none, Refused, or Unfit.
+def read_lora(part: Part, where: Path | ModelStore, lora_id: str, *, max_bytes: int) -> Lora:
+    """Reads a LoRA. Raises FileNotFoundError if the store has none, Refused, Unfit, or StoreUnavailable.
 
     `max_bytes`: largest file that is read.
     """
-    path = weights_file(root, lora_id)
+    store = store_of(where)
+    path = weights_file(store, lora_id)
     check_base(path.parent, part.model_id)
-    tensors, metadata = read_tensors(path, max_bytes)
+    tensors, metadata = read_tensors(store, path, max_bytes)
     groups, alphas = _converted(part, tensors)
     networks: dict[str, dict[str, Delta]] = {}
     elsewhere = set()

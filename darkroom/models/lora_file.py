@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from darkroom.errors import InvalidField
+from darkroom.errors import InvalidField, ModelNotFound, UnusableModel
+from darkroom.models.store.host import Corrupt
+from darkroom.models.store.model_store import ModelStore
 from darkroom.wire.fields import check_model_id
 
-MAX_HEADER_BYTES = 16 << 20
-_MAX_TENSORS = 50_000
 _MAX_SETTINGS_BYTES = 1 << 20
-_LENGTH_BYTES = 8
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
 _METADATA_KEY = "lora_adapter_metadata"
 
@@ -33,13 +31,15 @@ class Unfit(Refused):
     """The LoRA is for another model than this one. The message says how that shows."""
 
 
-def weights_file(root: Path, lora_id: str) -> Path:
-    """The one safetensors file of the folder, in the store. Raises FileNotFoundError, or Refused."""
+def weights_file(store: ModelStore, lora_id: str) -> Path:
+    """The one safetensors file of the folder, in the store. Raises FileNotFoundError, Refused or StoreUnavailable."""
     try:
-        folder, store = (root / check_model_id(lora_id)).resolve(), root.resolve()
-    except InvalidField as error:
+        folder, root = store.fetch_adapter(check_model_id(lora_id)).resolve(), store.root.resolve()
+    except (InvalidField, ModelNotFound) as error:
         raise FileNotFoundError(lora_id) from error
-    if folder.parent != store or not folder.is_dir() or (folder / "model_index.json").exists():
+    except UnusableModel as error:
+        raise Refused(error.facts["problem"]) from error
+    if folder.parent != root or not folder.is_dir() or (folder / "model_index.json").exists():
         raise FileNotFoundError(lora_id)
     found = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
     if not found:
@@ -47,7 +47,7 @@ def weights_file(root: Path, lora_id: str) -> Path:
     if len(found) > 1:
         raise Refused(f"has {len(found)} files of weights, not one")
     path = found[0].resolve()
-    if not path.is_relative_to(store) or not path.is_file():
+    if not path.is_relative_to(root) or not path.is_file():
         raise Refused("has its weights outside the model store")
     return path
 
@@ -66,29 +66,20 @@ def check_base(folder: Path, model_id: str) -> None:
         raise Unfit(f"is for base model {str(base)[:64]!r}, not {model_id!r}")
 
 
-def read_tensors(path: Path, max_bytes: int) -> tuple[Tensors, dict[str, Any] | None]:
+def read_tensors(store: ModelStore, path: Path, max_bytes: int) -> tuple[Tensors, dict[str, Any] | None]:
     """Every tensor of the file, finite, and what the file says of how it was trained. Raises Refused."""
     try:
-        _check_length(path, max_bytes)
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if not 1 <= len(names) <= _MAX_TENSORS:
-                raise Refused(f"has {len(names)} tensors, not 1 to {_MAX_TENSORS}")
-            tensors = {name: _checked(name, file.get_tensor(name)) for name in names}
-            return tensors, _read_metadata(file.metadata())
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise Refused(f"has a file that is no safetensors: {str(error)[:200]}") from error
-
-
-def _check_length(path: Path, max_bytes: int) -> None:
-    """Raises Refused unless the file, and its header, have a sensible length."""
-    size_bytes = path.stat().st_size
-    if size_bytes > max_bytes:
-        raise Refused(f"has a file of {size_bytes} bytes; at most {max_bytes} are allowed")
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-    if header_bytes > min(MAX_HEADER_BYTES, size_bytes - _LENGTH_BYTES):
-        raise Refused("has a file that is no safetensors: its header does not fit")
+        size_bytes = path.stat().st_size
+        if size_bytes > max_bytes:
+            raise Refused(f"has a file of {size_bytes} bytes; at most {max_bytes} are allowed")
+        file = store.read(path)
+    except Corrupt as error:
+        raise Refused(f"has a safetensors file that cannot be used: {error}") from error
+    except OSError as error:
+        raise Refused(f"has a file that cannot be read: {error.strerror}") from error
+    return {name: _checked(name, tensor) for name, tensor in file.tensors().items()}, _read_metadata(
+        file.header.metadata
+    )
 
 
 def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -103,9 +94,9 @@ def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _read_metadata(header: Mapping[str, str] | None) -> dict[str, Any] | None:
+def _read_metadata(header: Mapping[str, str]) -> dict[str, Any] | None:
     try:
-        found = json.loads((header or {}).get(_METADATA_KEY) or "null")
+        found = json.loads(header.get(_METADATA_KEY) or "null")
     except (ValueError, RecursionError) as error:
         raise Refused(f"has {_METADATA_KEY} that is no JSON") from error
     if found is not None and not isinstance(found, dict):

@@ -11,13 +11,17 @@ from typing import Any, TypeVar
 import structlog
 import torch
 
-from darkroom.errors import ModelNotFound, Moved, QueueFull, Stalled
+from darkroom.errors import DarkroomError, Moved, QueueFull, Stalled
 from darkroom.models.adapters import Adapters
 from darkroom.models.executor import EngineCounts, Executor
-from darkroom.models.loader import Part, load_part
+from darkroom.models.loader import Part, load_part, part_sizes
 from darkroom.models.lone import LoneNetwork, OnDemand
+from darkroom.models.lora_file import Refused, weights_file
 from darkroom.models.program import Ticket
 from darkroom.models.remote import Send
+from darkroom.models.residency import Residency
+from darkroom.models.store.host import Corrupt
+from darkroom.models.store.model_store import ModelStore, store_of
 from darkroom.wire.tasks import LoraUse
 
 T = TypeVar("T")
@@ -48,21 +52,24 @@ class StageReplica:
         *,
         replica_id: str,
         stage: str,
-        model_store: Path,
+        model_store: Path | ModelStore,
         device: str,
         max_running: int,
         max_batch_rows: int,
         thread_count: int,
         slot_count: int = 32,
         max_lora_bytes: int = 2 << 30,
+        device_budget_bytes: int = 0,
     ) -> None:
         """`max_running`: requests accepted at once; `slot_count`: those of them that are on the device.
 
-        `max_batch_rows`: rows of a batch; `thread_count`: of torch; `max_lora_bytes`: of each part's LoRAs together.
-        Called inside an event loop.
+        `max_batch_rows`: rows of a batch; `thread_count`: of torch; `max_lora_bytes`: of each part's LoRAs together;
+        `device_budget_bytes`: of all else that is loaded, 0 for no bound. Called inside an event loop.
         """
         self.replica_id, self.stage = replica_id, stage
-        self._root, self._device = model_store, torch.device(device)
+        self._device = torch.device(device)
+        self.store = store_of(model_store)
+        """Where all that it loads comes from."""
         self._max_running = max_running
         self._executor = Executor(
             max_batch_rows=max_batch_rows,
@@ -73,8 +80,10 @@ class StageReplica:
         )
         self._stalled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._parts: OnDemand[str, Part] = OnDemand(
-            lambda model_id: load_part(model_store, model_id, stage, self._device, send=self.send)
+            lambda model_id: load_part(self.store, model_id, stage, self._device, send=self.send),
+            measure=lambda model_id: part_sizes(self.store, model_id, stage, self._device),
         )
+        self._residency = Residency(device_budget_bytes)
         self._shared: list[OnDemand[Any, Any]] = []
         self._announced: set[str] = set()
         self.share(self._parts)
@@ -84,7 +93,11 @@ class StageReplica:
         self.send: Send | None = None
         """Calls networks that other stages hold."""
         self.on_loaded: Callable[[Collection[str]], Awaitable[None]] | None = None
-        """Told the ids of all that is loaded, when something is added."""
+        """Told the ids of all that is loaded, when something is added or dropped."""
+        self.on_dropped: Callable[[str], None] | None = None
+        """Told the id of what is dropped to make room: whatever was made of it must go too."""
+        self._announcing: set[asyncio.Task[None]] = set()
+        self._prefetching: set[str] = set()
 
     @contextlib.asynccontextmanager
     async def accepted(self) -> AsyncIterator[None]:
@@ -93,29 +106,64 @@ class StageReplica:
             raise QueueFull(str(self._max_running), _RETRY_AFTER_S)
         self._running += 1
         try:
-            yield
+            with self.holding():
+                yield
         finally:
             self._running -= 1
             self._finished += 1
 
+    def __contains__(self, model_id: str) -> bool:
+        """Whether its part of the model is here, or on its way."""
+        return model_id in self._parts
+
+    def holding(self) -> contextlib.AbstractContextManager[None]:
+        """What is asked for inside stays loaded until the end; a request holds what it uses."""
+        return self._residency.holding()
+
     def share(self, shared: OnDemand[Any, Any]) -> None:
         """What requests here share beside the parts of models: it is announced and described with them."""
         self._shared.append(shared)
-        shared.on_loaded = self._announce
+        shared.residency = self._residency
+        shared.on_loaded, shared.on_dropped = self._announce, self._announce_dropped
 
     async def _announce(self, added: LoneNetwork | Part) -> None:
         self._announced.add(added.model_id)
         if self.on_loaded:
             await self.on_loaded(set(self._announced))
 
-    async def part(self, model_id: str) -> Part:
+    def _announce_dropped(self, dropped: LoneNetwork | Part) -> None:
+        self._announced.discard(dropped.model_id)
+        if self.on_dropped:
+            self.on_dropped(dropped.model_id)
+        if self.on_loaded:
+            task = asyncio.ensure_future(self.on_loaded(set(self._announced)))
+            self._announcing.add(task)
+            task.add_done_callback(self._announcing.discard)
+
+    async def part(self, model_id: str, loras: Sequence[LoraUse] = ()) -> Part:
         """The stage's part of a model, loaded on first use; concurrent callers share one load.
 
-        Raises ModelNotFound or UnusableModel. A failed load is tried again by the next request.
+        If it is not here, the files of `loras`, which will be asked for next, are fetched beside it.
+
+        Raises ModelNotFound, UnusableModel or StoreUnavailable. A failed load is tried again by the next request.
         """
-        if model_id not in self._parts and not (self._root / model_id / "model_index.json").is_file():
-            raise ModelNotFound(model_id)
+        if model_id not in self._parts:
+            for use in loras:
+                self._prefetch(use.lora_id)
         return await self._parts.get(model_id)
+
+    def _prefetch(self, lora_id: str) -> None:
+        """Whatever goes wrong is said when the LoRA is asked for."""
+        if lora_id in self._prefetching:
+            return
+        self._prefetching.add(lora_id)
+
+        def fetch() -> None:
+            with contextlib.suppress(DarkroomError, Refused, Corrupt, OSError):
+                self.store.read(weights_file(self.store, lora_id))
+
+        work = asyncio.get_running_loop().run_in_executor(None, fetch)
+        work.add_done_callback(lambda _: self._prefetching.discard(lora_id))
 
     @contextlib.asynccontextmanager
     async def adapted(self, part: Part, loras: Sequence[LoraUse]) -> AsyncIterator[Mapping[str, torch.nn.Module]]:
@@ -128,7 +176,7 @@ class StageReplica:
             return
         adapters = part.beside.get("loras")
         if adapters is None:
-            adapters = part.beside["loras"] = Adapters(part, self._root, self._max_lora_bytes)
+            adapters = part.beside["loras"] = Adapters(part, self.store, self._max_lora_bytes)
         with await adapters.load(loras) as combination:
             yield combination.stand_ins()
 

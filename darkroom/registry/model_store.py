@@ -155,7 +155,7 @@ def _read_lora(folder: StoreFolder, path: Path, weights: list[str]) -> LoraEntry
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= fields.MAX_LORA_SCALE:
         raise Refused(f"darkroom.json: default_scale must be from -{fields.MAX_LORA_SCALE} to {fields.MAX_LORA_SCALE}")
     header = folder.read_header(weights[0])
-    changes_encoder = {_ENCODER_TENSORS.match(name) is not None for name in header.tensor_names}
+    changes_encoder = {_ENCODER_TENSORS.match(name) is not None for name in header.tensors}
     return LoraEntry(
         lora_id=lora_id,
         base_model=_read_base_model(settings),

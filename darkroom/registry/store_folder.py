@@ -5,34 +5,22 @@ count.
 """
 
 import json
-import math
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import BinaryIO
+
+from darkroom.store.header import Malformed, TensorFile, read_header
 
 _MAX_JSON_BYTES = 1 << 20
 _MAX_FILES = 10_000
-_MAX_HEADER_BYTES = 16 << 20
-_MAX_TENSORS = 50_000
-_MAX_TENSOR_DIMS = 8
-_LENGTH_BYTES = 8
-_FLOAT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _PICKLED_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
 
 
 class Refused(Exception):
     """The folder is no model that can be served. The message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFile:
-    """A safetensors file, by its header."""
-
-    tensor_names: tuple[str, ...]
-    size_bytes: int
 
 
 class StoreFolder:
@@ -88,14 +76,15 @@ class StoreFolder:
         """A safetensors file of floating point numbers, by its header alone. Raises Refused for what is none."""
         try:
             with self._open(relative) as file:
-                size_bytes = os.fstat(file.fileno()).st_size
-                header, data_bytes = _read_header(file, size_bytes)
-            _check_tensors(header, data_bytes)
-        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+                header = read_header(file, os.fstat(file.fileno()).st_size)
+        except Malformed as error:
             raise Refused(f"{relative[:64]} is no safetensors file: {str(error)[:200]}") from error
         except OSError as error:
             raise Refused(f"{relative[:64]} cannot be read: {error.strerror}") from error
-        return TensorFile(tuple(header), size_bytes)
+        for name, place in header.tensors.items():
+            if place.element_type not in _FLOATS:
+                raise Refused(f"{relative[:64]}: tensor {name[:64]!r} is not of floating point numbers")
+        return header
 
     def _files(self, name: str) -> Iterator[tuple[str, int]]:
         """Path and size of each file below a component's folder, in no order."""
@@ -145,37 +134,3 @@ def _refuse_constant(name: str) -> float:
     if name == "NaN":
         raise ValueError(f"{name} is no JSON number")
     return float(name)
-
-
-def _read_header(file: BinaryIO, size_bytes: int) -> tuple[dict[str, Any], int]:
-    """The entry of each tensor, and how many bytes of data follow. Raises ValueError or TypeError."""
-    left_bytes = size_bytes - _LENGTH_BYTES
-    length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-    if not 0 < length <= min(left_bytes, _MAX_HEADER_BYTES):
-        raise ValueError(f"a header of {length} bytes in a file of {size_bytes}")
-    header = json.loads(file.read(length), parse_constant=_refuse_constant)
-    if not isinstance(header, dict):
-        raise TypeError("its header is no object")
-    header.pop("__metadata__", None)
-    return header, left_bytes - length
-
-
-def _check_tensors(tensors: dict[str, Any], data_bytes: int) -> None:
-    """Raises ValueError, TypeError or KeyError unless types, shapes and places agree and fill the file."""
-    if not 1 <= len(tensors) <= _MAX_TENSORS:
-        raise ValueError(f"{len(tensors)} tensors, not 1 to {_MAX_TENSORS}")
-    places = []
-    for name, entry in tensors.items():
-        start, end = entry["data_offsets"]
-        shape, width = entry["shape"], _FLOAT_BYTES.get(entry["dtype"])
-        is_whole = all(type(number) is int and number >= 0 for number in (start, end, *shape))
-        if not is_whole or len(shape) > _MAX_TENSOR_DIMS:
-            raise ValueError(f"tensor {name[:64]!r} has no shape or place")
-        if width is None:
-            raise ValueError(f"tensor {name[:64]!r} is not of floating point numbers")
-        if end - start != width * math.prod(shape):
-            raise ValueError(f"tensor {name[:64]!r} is not as large as its header says")
-        places.append((start, end))
-    ends = [0, *(end for _, end in sorted(places))]
-    if [start for start, _ in sorted(places)] != ends[:-1] or ends[-1] != data_bytes:
-        raise ValueError("its tensors overlap, leave gaps, or end before or after the file")

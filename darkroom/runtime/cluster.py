@@ -16,6 +16,7 @@ import grpc
 
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.processes import Child, Supervisor, etcd_program, free_port
+from darkroom.store.opening import DEFAULT_CACHE, absolute, check_store
 from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, stage_pb2
 
 _POLL_S = 0.1
@@ -35,8 +36,12 @@ class ClusterConfig:
     """torch device of every stage, for example `cuda:0`."""
     threads: int = 1
     """torch threads of every stage process."""
-    model_store: Path = Path("models")
-    """Folder of models in diffusers' directory format."""
+    model_store: str | Path = "models"
+    """Folder of models in diffusers' directory format; or the URL of one with an index."""
+    store_cache: Path = DEFAULT_CACHE
+    """Folder for what comes from a store's URL."""
+    device_budget_bytes: int = 0
+    """Weights on each stage's device at once; 0 for no bound."""
     preload: tuple[str, ...] = ()
     """Models that every stage loads before it takes requests."""
     default_model: str = "shapes"
@@ -57,8 +62,7 @@ class ClusterConfig:
         for name in ("encoders", "denoisers", "vaes", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.model_store.is_dir():
-            raise ValueError(f"model_store must be a folder, and {self.model_store} is none")
+        check_store(self.model_store)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +127,7 @@ class LocalCluster:
     async def _start(self) -> None:
         await self._supervisor.add(self._etcd())
         config = self._config
-        store = ["--model-store", str(config.model_store.resolve())]
+        store = ["--model-store", absolute(config.model_store), "--store-cache", str(config.store_cache.expanduser())]
         await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *store])
         await self._add_service(
             "router", "router", ["--address", self.addresses.router, "--default-model", config.default_model]
@@ -136,6 +140,8 @@ class LocalCluster:
             str(config.threads),
             "--inline-limit-bytes",
             str(config.inline_limit_bytes),
+            "--device-budget-bytes",
+            str(config.device_budget_bytes),
             "--preload",
             ",".join(config.preload),
         ]

@@ -15,6 +15,7 @@ from darkroom.models.controlnets import ControlNets
 from darkroom.models.networks import Held
 from darkroom.models.remote import OutsideCall, Reply
 from darkroom.models.replica import ReplicaState, StageReplica
+from darkroom.models.store.model_store import model_store
 from darkroom.registry.etcd import EtcdRegistry
 from darkroom.registry.membership import ClusterView, Registration
 from darkroom.registry.port import Member
@@ -23,6 +24,7 @@ from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
 from darkroom.runtime.logs import LogLevel, configure_logs
 from darkroom.runtime.networks import NetworkCalls, NetworkServicer
 from darkroom.runtime.server import Mounted, Server
+from darkroom.store.opening import DEFAULT_CACHE, DEFAULT_CACHE_BYTES, check_store, open_source
 from darkroom.v1 import network_pb2, network_pb2_grpc, stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
 from darkroom.wire.times import duration
 
@@ -41,8 +43,18 @@ class StageConfig:
     """Host under which other services reach this one."""
     etcd: tuple[str, ...] = ("127.0.0.1:2379",)
     """etcd endpoints, comma-separated."""
-    model_store: Path = Path("models")
-    """Folder of models in diffusers' directory format."""
+    model_store: str | Path = "models"
+    """Folder of models in diffusers' directory format; or the URL of one with an index: http, https, s3 or file."""
+    store_cache: Path = DEFAULT_CACHE
+    """Folder on this node's SSD for what comes from a store's URL. All processes of the node use the same one."""
+    store_cache_bytes: int = DEFAULT_CACHE_BYTES
+    """Bound of that folder. Room for a dozen large models."""
+    pool_bytes: int = 0
+    """Memory made ready at the start to read weights into, in blocks of five sizes. 0 makes it as it is needed."""
+    host_cache_bytes: int = 4 << 30
+    """Weights files kept in memory after their models left the device. On a CPU, loaded models use the same bytes."""
+    device_budget_bytes: int = 0
+    """Weights on the device at once: idle models leave it for others. 0 keeps all that was ever loaded."""
     preload: tuple[str, ...] = ()
     """Models to load at the start, comma-separated; others are loaded on first use."""
     device: str = "cpu"
@@ -73,12 +85,14 @@ class StageConfig:
         for name in ("threads", "max_running", "slots", "max_batch_rows", "shelf_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("store_cache_bytes", "pool_bytes", "host_cache_bytes", "device_budget_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.inline_limit_bytes <= 1 << 20:
             raise ValueError(f"inline_limit_bytes must be 0 to {1 << 20}, not {self.inline_limit_bytes}")
         if self.drain_s < 0:
             raise ValueError(f"drain_s must not be negative, not {self.drain_s}")
-        if not self.model_store.is_dir():
-            raise ValueError(f"model_store must be a folder, and {self.model_store} is none")
+        check_store(self.model_store)
 
 
 class StageProcess:
@@ -103,16 +117,23 @@ class StageProcess:
         self.shelf = TensorShelf(limit_bytes=config.shelf_bytes, inline_limit_bytes=config.inline_limit_bytes)
         self.shelf.address = f"{config.advertise_host}:{self._server.port}"
         self.source = TensorSource(self._channels, self.shelf, lambda: {m.address for m in self._view.members()})
+        self.store = model_store(
+            open_source(config.model_store, config.store_cache, config.store_cache_bytes),
+            device=config.device,
+            pool_bytes=config.pool_bytes,
+            host_cache_bytes=config.host_cache_bytes,
+        )
         self.replica = StageReplica(
             replica_id=replica_id,
             stage=stage,
-            model_store=config.model_store,
+            model_store=self.store,
             device=config.device,
             max_running=config.max_running,
             max_batch_rows=config.max_batch_rows,
             thread_count=config.threads,
             slot_count=config.slots,
             max_lora_bytes=config.lora_bytes,
+            device_budget_bytes=config.device_budget_bytes,
         )
         member = Member(replica_id=replica_id, stage=stage, address=self.shelf.address, device=config.device)
         self._registration = Registration(self._registry, member)

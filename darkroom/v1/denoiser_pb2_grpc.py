@@ -59,8 +59,9 @@ class DenoiserServiceServicer:
         INVALID_CHECKPOINT, UNKNOWN_HOLDER), NOT_FOUND (reasons MODEL_NOT_FOUND,
         TENSOR_NOT_FOUND), DATA_LOSS (reason DIGEST_MISMATCH),
         FAILED_PRECONDITION (reasons UNUSABLE_MODEL, UNUSABLE_CHECKPOINT,
-        STALE_EPOCH), RESOURCE_EXHAUSTED (reason QUEUE_FULL, with RetryInfo),
-        UNAVAILABLE (reasons DRAINING, MOVED, STALLED), DEADLINE_EXCEEDED.
+        STALE_EPOCH), RESOURCE_EXHAUSTED (reasons QUEUE_FULL, DEVICE_FULL, with
+        RetryInfo), UNAVAILABLE (reasons DRAINING, MOVED, STALLED,
+        STORE_UNAVAILABLE), DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

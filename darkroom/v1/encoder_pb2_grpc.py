@@ -54,8 +54,8 @@ class EncoderServiceServicer:
 
         Errors: INVALID_ARGUMENT (reason INVALID_FIELD), NOT_FOUND (reason
         MODEL_NOT_FOUND), FAILED_PRECONDITION (reason UNUSABLE_MODEL),
-        RESOURCE_EXHAUSTED (reason QUEUE_FULL, with RetryInfo), UNAVAILABLE
-        (reason DRAINING).
+        RESOURCE_EXHAUSTED (reasons QUEUE_FULL, DEVICE_FULL, with RetryInfo),
+        UNAVAILABLE (reasons DRAINING, STORE_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -57,8 +57,9 @@ class NetworkServiceServicer:
         Errors: INVALID_ARGUMENT (reasons INVALID_FIELD, INVALID_TENSOR,
         INVALID_CALL, UNKNOWN_HOLDER), NOT_FOUND (reasons MODEL_NOT_FOUND,
         NETWORK_NOT_HELD, TENSOR_NOT_FOUND), DATA_LOSS (reason DIGEST_MISMATCH),
-        FAILED_PRECONDITION (reason UNUSABLE_MODEL), RESOURCE_EXHAUSTED (reason
-        QUEUE_FULL, with RetryInfo), UNAVAILABLE (reasons DRAINING, STALLED).
+        FAILED_PRECONDITION (reason UNUSABLE_MODEL), RESOURCE_EXHAUSTED (reasons
+        QUEUE_FULL, DEVICE_FULL, with RetryInfo), UNAVAILABLE (reasons DRAINING,
+        STALLED, STORE_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -60,9 +60,10 @@ class RouterServiceServicer:
 
         Errors: INVALID_ARGUMENT (reason INVALID_FIELD, with BadRequest naming the
         field), NOT_FOUND (reason MODEL_NOT_FOUND), FAILED_PRECONDITION (reason
-        UNUSABLE_MODEL), RESOURCE_EXHAUSTED (reason QUEUE_FULL, with RetryInfo),
-        UNAVAILABLE (reason STAGE_UNAVAILABLE) when no replica of a stage could
-        serve it, DEADLINE_EXCEEDED.
+        UNUSABLE_MODEL), RESOURCE_EXHAUSTED (reasons QUEUE_FULL, DEVICE_FULL, with
+        RetryInfo), UNAVAILABLE (reason STAGE_UNAVAILABLE when no replica of a
+        stage could serve it, STORE_UNAVAILABLE when the model is on no node and
+        cannot be fetched), DEADLINE_EXCEEDED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,8 +54,8 @@ class VaeServiceServicer:
         Errors: INVALID_ARGUMENT (reasons INVALID_FIELD, INVALID_TENSOR,
         UNKNOWN_HOLDER), NOT_FOUND (reasons MODEL_NOT_FOUND, TENSOR_NOT_FOUND),
         DATA_LOSS (reason DIGEST_MISMATCH), FAILED_PRECONDITION (reason
-        UNUSABLE_MODEL), RESOURCE_EXHAUSTED (reason QUEUE_FULL, with RetryInfo),
-        UNAVAILABLE (reason DRAINING).
+        UNUSABLE_MODEL), RESOURCE_EXHAUSTED (reasons QUEUE_FULL, DEVICE_FULL, with
+        RetryInfo), UNAVAILABLE (reasons DRAINING, STORE_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -4,11 +4,13 @@ import asyncio
 import secrets
 
 from darkroom.registry.etcd import EtcdRegistry
+from darkroom.registry.listing import Listings
 from darkroom.registry.membership import ClusterView, Registration
 from darkroom.registry.port import Member
 from darkroom.runtime.config import read_config
 from darkroom.runtime.logs import configure_logs
 from darkroom.runtime.server import Mounted, Server
+from darkroom.store.opening import open_source
 from darkroom.v1 import cachemgr_pb2_grpc
 from services.cachemgr.cataloguing import keep_catalogue
 from services.cachemgr.config import CacheManagerConfig
@@ -43,8 +45,10 @@ async def main(config: CacheManagerConfig) -> None:
             )
         ]
     )
-    catalogue = keep_catalogue(registry, config.model_store, interval_s=config.scan_interval_s)
+    listings = Listings(open_source(config.model_store, config.store_cache, config.store_cache_bytes))
+    catalogue = keep_catalogue(registry, listings, interval_s=config.scan_interval_s)
     await server.run([view.run(), registration.run(), catalogue], on_drain=[registration.leave])
+    listings.close()
     await registry.close()
 
 

@@ -1,22 +1,30 @@
-"""Keeps the catalogue equal to the model store's folder."""
+"""Keeps the catalogue equal to the model store."""
 
 import asyncio
-from pathlib import Path
 
 import structlog
 
-from darkroom.errors import RegistryUnavailable
-from darkroom.registry.catalogue import publish_catalogue, read_model_store
+from darkroom.errors import RegistryUnavailable, StoreUnavailable
+from darkroom.registry.catalogue import publish_catalogue
+from darkroom.registry.listing import Listings
 from darkroom.registry.port import Registry
 
 _log = structlog.get_logger()
 
 
-async def keep_catalogue(registry: Registry, model_store: Path, *, interval_s: float) -> None:
-    """Reads the folder and publishes what it holds, every `interval_s`, until cancelled."""
+async def keep_catalogue(registry: Registry, listings: Listings, *, interval_s: float) -> None:
+    """Reads the store and publishes what it holds, every `interval_s`, until cancelled.
+
+    While a store cannot be read, what it held before stays published: nodes that have files of it go on.
+    """
     said: dict[str, str] = {}
     while True:
-        listing = await asyncio.to_thread(read_model_store, model_store)
+        try:
+            listing = await asyncio.to_thread(listings.read)
+        except StoreUnavailable as error:
+            _log.warning("store_not_read", problem=error.message)
+            await asyncio.sleep(interval_s)
+            continue
         refused = dict(listing.refused)
         for folder, problem in refused.items():
             if said.get(folder) != problem:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from darkroom.runtime.logs import LogLevel
+from darkroom.store.opening import DEFAULT_CACHE, DEFAULT_CACHE_BYTES, check_store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +17,12 @@ class CacheManagerConfig:
     """Host under which other services reach this one."""
     etcd: tuple[str, ...] = ("127.0.0.1:2379",)
     """etcd endpoints, comma-separated."""
-    model_store: Path = Path("models")
-    """Folder of models in diffusers' directory format."""
+    model_store: str | Path = "models"
+    """Folder of models in diffusers' directory format; or the URL of one with an index: http, https, s3 or file."""
+    store_cache: Path = DEFAULT_CACHE
+    """Folder on this node's SSD for what comes from a store's URL. All processes of the node use the same one."""
+    store_cache_bytes: int = DEFAULT_CACHE_BYTES
+    """Bound of that folder. Room for a dozen large models."""
     scan_interval_s: float = 5.0
     """How often the model store is read for new and vanished models, in seconds."""
     drain_s: float = 5.0
@@ -33,5 +38,4 @@ class CacheManagerConfig:
             raise ValueError(f"scan_interval_s must be positive, not {self.scan_interval_s}")
         if self.drain_s < 0:
             raise ValueError(f"drain_s must not be negative, not {self.drain_s}")
-        if not self.model_store.is_dir():
-            raise ValueError(f"model_store must be a folder, and {self.model_store} is none")
+        check_store(self.model_store)

@@ -19,12 +19,13 @@ async def main(config: DenoiserConfig) -> None:
     """Serves until SIGTERM."""
     process = StageProcess("controlnet" if config.controlnets_only else "denoiser", config)
     send = process.send if config.remote_controlnets else None
-    controlnets = ControlNets(config.model_store, torch.device(config.device), send=send)
+    controlnets = ControlNets(process.store, torch.device(config.device), send=send)
     if config.controlnets_only:
         await process.run_for_others(controlnets)
         return
     process.replica.share(controlnets)
-    ip_adapters = IpAdapters(config.model_store, process.send)
+    ip_adapters = IpAdapters(process.store, process.send)
+    process.replica.on_dropped = ip_adapters.forget_model
     denoising = Denoising(process.replica, process.source, controlnets, ip_adapters)
     servicer = DenoiserServicer(denoising, process.shelf)
     await process.run(

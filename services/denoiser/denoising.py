@@ -99,7 +99,7 @@ class Denoising:
 
     async def _run(self, task: DenoiseTask, deadline_s: float, events: "asyncio.Queue[Step | None]") -> Denoised:
         async with self._replica.accepted():
-            part = await self._replica.part(task.model_id)
+            part = await self._replica.part(task.model_id, task.loras)
             checks.check_request(part, task)
             part = await self._ip_adapters.adapted(part, [use.adapter_id for use in task.conditions.ip_adapters])
             raw = await self._source.bring_all(task.embeddings)

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from darkroom.models.image_encoders import is_ip_adapter, load_image_encoder
+from darkroom.models.image_encoders import image_encoder_sizes, is_ip_adapter, load_image_encoder
 from darkroom.models.lone import OnDemand
 from darkroom.models.networks import Held
 from darkroom.runtime.config import read_config
@@ -23,11 +23,17 @@ async def main(config: EncoderConfig) -> None:
     process = StageProcess("encoder", config)
     encoding = Encoding(process.replica, EmbeddingCache(limit_bytes=config.embedding_cache_bytes))
     servicer = EncoderServicer(encoding, process.shelf)
-    images = OnDemand(partial(load_image_encoder, config.model_store, device=torch.device(config.device)))
+    device = torch.device(config.device)
+    images = OnDemand(
+        partial(load_image_encoder, process.store, device=device),
+        measure=partial(image_encoder_sizes, process.store, device=device),
+    )
     process.replica.share(images)
 
     async def held(model_id: str) -> Held:
-        is_alone = is_ip_adapter(config.model_store / model_id)
+        if model_id in process.replica:
+            return await process.replica.part(model_id)
+        is_alone = model_id in images or await asyncio.to_thread(is_ip_adapter, process.store, model_id)
         return await (images.get(model_id) if is_alone else process.replica.part(model_id))
 
     await process.run(

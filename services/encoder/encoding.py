@@ -57,10 +57,11 @@ class Encoding:
                 work.cancel()
 
     async def _encode(self, key: CacheKey, task: EncodeTask) -> Embeddings:
-        part = await self._replica.part(task.model_id)
-        ticket = Ticket(request_id=task.request_id, alone=task.deterministic)
-        async with self._replica.adapted(part, task.loras) as stand_ins:
-            answer = await self._replica.run(partial(programs.encode, part, task, stand_ins), ticket)
+        with self._replica.holding():  # the request that started this may leave before others that joined it
+            part = await self._replica.part(task.model_id, task.loras)
+            ticket = Ticket(request_id=task.request_id, alone=task.deterministic)
+            async with self._replica.adapted(part, task.loras) as stand_ins:
+                answer = await self._replica.run(partial(programs.encode, part, task, stand_ins), ticket)
         embeddings = {name: to_raw(value) for name, value in answer.items()}
         self._cache.put(key, embeddings)
         return embeddings

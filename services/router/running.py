@@ -17,6 +17,7 @@ from darkroom.errors import (
     Overloaded,
     QueueFull,
     StageUnavailable,
+    StoreUnavailable,
     TensorNotFound,
     Unavailable,
     UnknownHolder,
@@ -171,7 +172,7 @@ class GraphRunner:
             replica=member.replica_id,
             reason=error.reason(),
         )
-        if isinstance(error, Unavailable):
+        if isinstance(error, Unavailable) and not isinstance(error, StoreUnavailable):
             self._suspect(member.replica_id)
         return error
 
@@ -206,7 +207,7 @@ class GraphRunner:
     async def _place(self, node: Node, tried: list[str], failure: DarkroomError | None) -> Member:
         """The replica to call next. Waits while the stage has none; raises the last failure when all were tried."""
         untried = self._untried(node.stage, tried)
-        if not untried and isinstance(failure, Overloaded):
+        if not untried and isinstance(failure, Overloaded | StoreUnavailable):
             raise failure
         if not untried:
             with contextlib.suppress(TimeoutError):

@@ -296,9 +296,9 @@ def _service(stage: str, replica: StageReplica, shelf: TensorShelf, source: Tens
                 encoder_pb2_grpc.add_EncoderServiceServicer_to_server(encoder, server)
 
         case "denoiser":
-            controlnets = ControlNets(replica._root, torch.device("cpu"))
+            controlnets = ControlNets(replica.store, torch.device("cpu"))
             assert replica.send
-            ip_adapters = IpAdapters(replica._root, replica.send)
+            ip_adapters = IpAdapters(replica.store, replica.send)
             denoiser = DenoiserServicer(Denoising(replica, source, controlnets, ip_adapters), shelf)
 
             def add(server: grpc.aio.Server) -> None:

@@ -28,10 +28,12 @@ EXAMPLES: list[tuple[errors.DarkroomError, int]] = [
     (errors.StaleEpoch("1", "2"), code_pb2.FAILED_PRECONDITION),
     (errors.DigestMismatch("abc"), code_pb2.DATA_LOSS),
     (errors.QueueFull("64", "1.5"), code_pb2.RESOURCE_EXHAUSTED),
+    (errors.DeviceFull("shapes", "5"), code_pb2.RESOURCE_EXHAUSTED),
     (errors.Draining("vae-1"), code_pb2.UNAVAILABLE),
     (errors.Moved("denoiser-1"), code_pb2.UNAVAILABLE),
     (errors.Stalled("denoiser-1"), code_pb2.UNAVAILABLE),
     (errors.StageUnavailable("vae", "none is up"), code_pb2.UNAVAILABLE),
+    (errors.StoreUnavailable("shapes", "it does not answer"), code_pb2.UNAVAILABLE),
     (errors.RegistryUnavailable("no answer"), code_pb2.UNAVAILABLE),
     (errors.DeadlinePassed("denoiser"), code_pb2.DEADLINE_EXCEEDED),
 ]

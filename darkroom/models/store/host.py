@@ -1,0 +1,220 @@
+"""The host tier: weights files in memory, read and verified once, kept while room lasts.
+
+On a CPU a network's parameters are these very bytes, and models that have a file in common share them. For a device,
+they are what is copied there.
+
+The rule: a file is checked before it is used: its header before anything else, then its digest where one is known, and
+every tensor for numbers that are none.
+"""
+
+import fcntl
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+from weakref import WeakValueDictionary
+
+import blake3
+import structlog
+import torch
+
+from darkroom.models.store.direct_read import ShortFile, padded_bytes, read_file
+from darkroom.models.store.pool import HostPool
+from darkroom.store.header import Malformed, TensorFile, TensorPlace, read_header
+from darkroom.store.manifest import FileEntry
+from darkroom.store.residents import Evict, Resident, least_recently_used
+
+_log = structlog.get_logger()
+_TYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+_CHECKED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+Key = tuple[int, int, int, int]
+"""Device, inode, size and time of change: names of one file have one key."""
+
+
+class Corrupt(ValueError):
+    """The file is not what it should be. The message says how that shows."""
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class HostFile:
+    """A weights file in memory."""
+
+    header: TensorFile
+    content: torch.Tensor
+    """[size_bytes], uint8: the whole file, in a block of the pool."""
+    load_s: float
+    last_use_s: float = field(default_factory=time.monotonic)
+    version: int = field(init=False)
+    """Of the content as it was read: writing to any view of it counts it up."""
+
+    def __post_init__(self) -> None:
+        """Notes the version."""
+        self.version = self.content._version  # noqa: SLF001 - torch has no other name for it
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors, in place: views of the content, not to be written to."""
+        with torch.inference_mode(mode=False):
+            return {name: _view(self.content, place) for name, place in self.header.tensors.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: copies of a network over the same parameters share their file."""
+        return self
+
+
+class HostCache:
+    """Files in memory. Its methods block, and may be called from any thread; concurrent reads of a file are one."""
+
+    def __init__(self, pool: HostPool, *, limit_bytes: int, evict: Evict = least_recently_used) -> None:
+        """`limit_bytes`: of files kept for later use; those in use are not counted out, nor limited."""
+        self._pool, self._limit_bytes, self._evict = pool, limit_bytes, evict
+        self._kept: dict[Key, HostFile] = {}
+        self._alive: WeakValueDictionary[Key, HostFile] = WeakValueDictionary()
+        self._lock = threading.Lock()
+        self._reading: dict[Key, threading.Lock] = {}
+        self.read_count = 0
+        """Files read from the disk since the start."""
+
+    def read(self, path: Path, expected: FileEntry | None) -> HostFile:
+        """The file, from memory or from the disk. Raises Corrupt, or OSError."""
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise Corrupt("it is no regular file")
+            key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            with self._lock:
+                reading = self._reading.setdefault(key, threading.Lock())
+            try:
+                with reading:
+                    found = self._find(key)
+                    if found is None:
+                        fcntl.flock(file, fcntl.LOCK_SH)  # the SSD tier drops nothing that is being read
+                        found = self._read(file, status.st_size, expected)
+                        self._keep(key, found)
+                    return found
+            finally:
+                with self._lock:
+                    self._reading.pop(key, None)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the files kept for later use, those of loaded networks among them."""
+        with self._lock:
+            return sum(file.header.size_bytes for file in self._kept.values())
+
+    def _find(self, key: Key) -> HostFile | None:
+        with self._lock:
+            found = self._alive.get(key)
+            if found is not None and found.content._version != found.version:  # noqa: SLF001 - as above
+                _log.error("host_file_written_to", tensors=list(found.header.tensors)[:3])
+                found = None
+            if found is not None:
+                found.last_use_s = time.monotonic()
+            return found
+
+    def _read(self, file: BinaryIO, size_bytes: int, expected: FileEntry | None) -> HostFile:
+        if expected is not None and size_bytes != expected.size_bytes:
+            raise Corrupt(f"it has {size_bytes} bytes, not {expected.size_bytes}")
+        start_s = time.monotonic()
+        try:
+            header = read_header(file, size_bytes)
+        except Malformed as error:
+            raise Corrupt(str(error)) from error
+        block = self._pool.take(padded_bytes(size_bytes))
+        with torch.inference_mode(mode=False):  # whoever asks: others share it, and inference tensors have no version
+            content = torch.from_numpy(block)[:size_bytes]
+        hasher, hashed = blake3.blake3(), 0
+        check = _checker(content, header)
+        try:
+            for there in read_file(file.fileno(), block, size_bytes):
+                if expected is not None:
+                    hasher.update(block.data[hashed:there])
+                hashed = there
+                check(there)
+        except ShortFile as error:
+            raise Corrupt(str(error)) from error
+        if expected is not None and hasher.hexdigest() != expected.digest:
+            raise Corrupt("it has another digest than its manifest names")
+        self.read_count += 1
+        return HostFile(header, content, load_s=time.monotonic() - start_s)
+
+    def _keep(self, key: Key, file: HostFile) -> None:
+        with self._lock:
+            self._alive[key] = file
+            if file.header.size_bytes > self._limit_bytes:
+                return
+            self._kept[key] = file
+            needed = sum(kept.header.size_bytes for kept in self._kept.values()) - self._limit_bytes
+            if needed <= 0:
+                return
+            names = {str(other): other for other in self._kept if other != key}
+            residents = [_resident(name, self._kept[other]) for name, other in names.items()]
+            for name in self._evict(residents, needed, time.monotonic()):
+                del self._kept[names[name]]
+
+
+def _resident(name: str, file: HostFile) -> Resident:
+    return Resident(name=name, size_bytes=file.header.size_bytes, load_s=file.load_s, last_use_s=file.last_use_s)
+
+
+def _view(content: torch.Tensor, place: TensorPlace) -> torch.Tensor:
+    dtype = _TYPES[place.element_type]
+    span = content[place.start : place.end]
+    if span.data_ptr() % dtype.itemsize or place.start % dtype.itemsize:  # a writer that does not align
+        span = span.clone()
+    return span.view(dtype).view(place.shape)
+
+
+def _checker(content: torch.Tensor, header: TensorFile) -> Callable[[int], None]:
+    """Checks tensors as far as they are there, each once. What it makes raises Corrupt."""
+    waiting = sorted(header.tensors.items(), key=lambda item: -item[1].end)
+
+    def check(there: int) -> None:
+        while waiting and waiting[-1][1].end <= there:
+            name, place = waiting.pop()
+            if _has_nan(_view(content, place)):
+                raise Corrupt(f"tensor {name[:64]} has values that are no numbers")
+
+    return check
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    """By the largest value: one that is no number goes through."""
+    return tensor.dtype in _CHECKED and tensor.numel() > 0 and bool(tensor.max().isnan())
+
+
+def uses(network: torch.nn.Module, files: list[HostFile]) -> bool:
+    """Whether any of the network's parameters lies in these files' bytes."""
+    blocks = {file.content.untyped_storage().data_ptr() for file in files}
+    return any(p.untyped_storage().data_ptr() in blocks for p in network.parameters() if p.device.type == "cpu")
+
+
+def merged(files: list[HostFile]) -> Mapping[str, torch.Tensor]:
+    """The tensors of several files. Raises Corrupt if two have one of the same name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        own = file.tensors()
+        if clash := own.keys() & tensors.keys():
+            raise Corrupt(f"tensor {min(clash)[:64]} is in two files")
+        tensors |= own
+    return tensors

@@ -1,0 +1,108 @@
+"""A stage's model store: files brought to this node where they are not, read into memory, verified, shared."""
+
+import contextlib
+import re
+from pathlib import Path, PurePosixPath
+
+import blake3
+import structlog
+
+from darkroom.models.store.device import pin, unpin
+from darkroom.models.store.host import Corrupt, HostCache, HostFile
+from darkroom.models.store.pool import HostPool
+from darkroom.policy.pinning import size_classes
+from darkroom.store.folder import Folder
+from darkroom.store.source import Source, Wanted, is_small
+
+_log = structlog.get_logger()
+_ATTEMPTS = 2
+_DEFAULT_NAMES = re.compile(r"(?:diffusion_pytorch_model|model)(?:-[0-9]{5}-of-[0-9]{5})?\.safetensors")
+"""Of the weights that diffusers and transformers load if not told otherwise."""
+
+
+class ModelStore:
+    """All that loads models of this process goes through one of these. Its methods block, and run on any thread."""
+
+    def __init__(self, source: Source, host: HostCache) -> None:
+        """Over the files of `source`; weights are held in `host`."""
+        self._source, self._host = source, host
+
+    @property
+    def root(self) -> Path:
+        """The folder in which an entry's files lie once they are fetched, in a folder of the entry's id."""
+        return self._source.root
+
+    def fetch_configs(self, entry_id: str) -> Path:
+        """The entry's folder, with all in it but weights. Raises ModelNotFound, UnusableModel or StoreUnavailable."""
+        self._source.fetch(entry_id, is_small)
+        return self.root / entry_id
+
+    def fetch_weights(self, entry_id: str, *components: str) -> None:
+        """Brings the weights of these components here; "." is what lies in the entry's folder itself."""
+        self._source.fetch(entry_id, _weights_in(components))
+
+    def fetch_adapter(self, entry_id: str) -> Path:
+        """The entry's folder with all that lies in it, folders apart: a LoRA, or an IP-Adapter without its encoder."""
+        self._source.fetch(entry_id, lambda path: "/" not in path)
+        return self.root / entry_id
+
+    def read(self, path: Path) -> HostFile:
+        """A weights file in memory, verified; fetched once more if it is not as it should be.
+
+        Raises Corrupt, OSError, or what fetching raises.
+        """
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return self._host.read(path, self._source.expected(path))
+            except FileNotFoundError:  # dropped since it was fetched, to make room
+                if attempt == _ATTEMPTS or not self._fetch_again(path):
+                    raise
+            except Corrupt as problem:
+                _log.error("file_corrupt", folder=path.parent.name, file=path.name, problem=str(problem))
+                if not self._source.refuse(path) or attempt == _ATTEMPTS or not self._fetch_again(path):
+                    raise
+        raise AssertionError
+
+    def verify(self, path: Path) -> None:
+        """Makes sure that a file which others will read is as it should be. Raises Corrupt, OSError."""
+        expected = self._source.expected(path)
+        if expected is None:
+            return
+        with path.open("rb") as file:
+            digest = blake3.blake3()
+            while block := file.read(8 << 20):
+                digest.update(block)
+        if digest.hexdigest() != expected.digest:
+            self._source.refuse(path)
+            raise Corrupt("it has another digest than its manifest names")
+
+    def _fetch_again(self, path: Path) -> bool:
+        with contextlib.suppress(ValueError):
+            entry_id, _, rest = path.relative_to(self.root).as_posix().partition("/")
+            self._source.fetch(entry_id, lambda other: other == rest)
+            return True
+        return False
+
+
+def _weights_in(components: tuple[str, ...]) -> Wanted:
+    def wanted(path: str) -> bool:
+        pure = PurePosixPath(path)
+        return str(pure.parent) in components and _DEFAULT_NAMES.fullmatch(pure.name) is not None
+
+    return wanted
+
+
+def model_store(source: Source, *, device: str, pool_bytes: int, host_cache_bytes: int) -> ModelStore:
+    """The store of a stage: over `source`, with `pool_bytes` of memory made ready for the sizes that it has."""
+    pinning = {"pin": pin, "unpin": unpin} if device.startswith("cuda") else {}
+    pool = HostPool(idle_bytes=max(pool_bytes, host_cache_bytes), **pinning)
+    if pool_bytes:
+        pool.prepare(size_classes(source.weights_sizes()), pool_bytes)
+    return ModelStore(source, HostCache(pool, limit_bytes=host_cache_bytes))
+
+
+def store_of(where: Path | ModelStore) -> ModelStore:
+    """The store; a folder's path stands for the store in that folder, used in place."""
+    if isinstance(where, ModelStore):
+        return where
+    return ModelStore(Folder(where), HostCache(HostPool(idle_bytes=0), limit_bytes=0))

@@ -1,0 +1,122 @@
+"""Loads networks by their folders: files through the store, built over their bytes, moved to the device."""
+
+import contextlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+
+from darkroom.errors import DarkroomError
+from darkroom.models.building import Unhandled, build, weights_files
+from darkroom.models.store.device import to_device
+from darkroom.models.store.host import HostFile, merged, uses
+from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.store.header import read_header
+
+_log = structlog.get_logger()
+LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
+"""What a bad folder makes the loaders raise."""
+_STORED_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_networks(
+    store: ModelStore, wanted: Mapping[str, tuple[Any, Path]], device: torch.device
+) -> dict[str, torch.nn.Module]:
+    """Networks by name, of these classes and folders; while one is built, the files of the next are read."""
+    networks: dict[str, torch.nn.Module] = {}
+    names = list(wanted)
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as ahead:
+        held: list[Future[list[HostFile]]] = []  # what was read stays in memory until it is asked for
+        for number, (name, (kind, folder)) in enumerate(wanted.items()):
+
+            def read_next(following: Sequence[str] = names[number + 1 : number + 2]) -> None:
+                held.extend(ahead.submit(_read_ahead, store, *wanted[each]) for each in following)
+
+            networks[name] = load_network(kind, folder, device, store=store, on_read=read_next)
+            del held[:-1]
+    return networks
+
+
+def _read_ahead(store: ModelStore, kind: Any, folder: Path) -> list[HostFile]:
+    """Whatever goes wrong is said when the files are asked for."""
+    with contextlib.suppress(Unhandled, DarkroomError, *LOADING_ERRORS):
+        return [store.read(path) for path in weights_files(kind, folder)[0]]
+    return []
+
+
+def load_network(
+    kind: Any,
+    folder: Path,
+    device: torch.device,
+    *,
+    store: ModelStore | None = None,
+    on_read: Callable[[], None] = lambda: None,
+) -> torch.nn.Module:
+    """The network with its weights, on the device, in the type it runs in there. The files are those of `store`.
+
+    `on_read` is called when they are in memory, and the rest of the work begins.
+    """
+    store, dtype = store or store_of(folder.parent.parent), running_dtype(folder, device)
+    network, files = _built(kind, folder, dtype, store, on_read)
+    if getattr(network.config, "force_upcast", False) and network.dtype is torch.float16:
+        # pipelines would cast it to and fro around each request, under the feet of the others
+        network = network.float()
+    network = to_device(network.eval().requires_grad_(requires_grad=False), device)
+    if uses(network, files):  # others that have the same files share them while this one lives
+        network.__dict__["host_files"] = files
+    return network
+
+
+def _built(
+    kind: Any, folder: Path, dtype: torch.dtype, store: ModelStore, on_read: Callable[[], None]
+) -> tuple[Any, list[HostFile]]:
+    """The network, on the CPU, over the bytes of files in memory where that can be done."""
+    try:
+        paths, is_sharded = weights_files(kind, folder)
+        files = [store.read(path) for path in paths]
+        on_read()
+        network = build(kind, folder, merged(files), dtype, is_sharded=is_sharded)
+    except Unhandled as problem:
+        _log.info("built_by_its_library", network=kind.__name__, reason=str(problem))
+        for path in folder.glob("*.safetensors"):
+            store.verify(path)
+        return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True), []
+    return network, files
+
+
+def running_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """What a network runs in: single precision on a CPU, elsewhere the type of most of the numbers stored.
+
+    Not "auto": diffusers takes that for single precision. Raises ValueError or OSError for files that are none.
+    """
+    if device.type == "cpu":
+        return torch.float32
+    counts: Counter[str] = Counter()
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            for place in read_header(file, path.stat().st_size).tensors.values():
+                counts[place.element_type] += math.prod(place.shape)
+    return _STORED_TYPES.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
+
+
+def network_size(kind: Any, folder: Path, device: torch.device) -> tuple[str, int]:
+    """A name for the network's files, and the bytes that it takes on the device. Raises ValueError or OSError."""
+    try:
+        paths, _ = weights_files(kind, folder)
+    except Unhandled:
+        paths = sorted(folder.glob("*.safetensors"))
+    width, total, name = running_dtype(folder, device).itemsize, 0, f"{device}"
+    for path in paths:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            name += f"|{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
+            for place in read_header(file, status.st_size).tensors.values():
+                is_float = place.element_type[0] in "FB" and place.element_type != "BOOL"
+                total += math.prod(place.shape) * width if is_float else place.end - place.start
+    return name, total

@@ -1,0 +1,269 @@
+"""A model store elsewhere, as a folder of this node: files come when they are wanted, verified, and are shared.
+
+    CACHE/objects/DIGEST            what is here (see `objects`)
+    CACHE/stores/KEY/.darkroom/     the store's index and manifests, as last read
+    CACHE/stores/KEY/ENTRY/FILE     the store's names: hard links to objects
+
+The rule: with the store down, what is here still serves.
+"""
+
+import contextlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import blake3
+import structlog
+
+from darkroom.errors import DarkroomError, ModelNotFound, StoreUnavailable, UnusableModel
+from darkroom.store.header import Malformed
+from darkroom.store.indexing import write_atomically
+from darkroom.store.manifest import (
+    FOLDER,
+    INDEX_PATH,
+    MAX_JSON_BYTES,
+    Digest,
+    FileEntry,
+    Index,
+    Manifest,
+    digest_of,
+    is_weights,
+    manifest_path,
+)
+from darkroom.store.objects import Objects
+from darkroom.store.remote import Remote
+from darkroom.store.residents import Evict, least_recently_used
+from darkroom.store.source import Wanted
+
+_log = structlog.get_logger()
+_CONCURRENT_FILES = 4
+"""Fetched at once for one entry."""
+_ATTEMPTS = 2
+"""At fetching a file that is not what it should be on this node's disk."""
+_PATIENCE_S = 1.0
+"""How long a newer index is waited for where there is one."""
+_REFUSED_S = 30.0
+"""How long a file that the store itself has wrong is not fetched again."""
+
+
+class NodeStore:
+    """A `Source` over a remote store and this node's SSD."""
+
+    def __init__(
+        self,
+        url: str,
+        cache: Path,
+        *,
+        limit_bytes: int,
+        refresh_s: float = 5.0,
+        evict: Evict = least_recently_used,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`limit_bytes`: of the cache; `refresh_s`: for how long the store's index is taken for new."""
+        self._remote, self._objects = Remote(url), Objects(cache, limit_bytes, evict)
+        self._root = cache.resolve() / "stores" / blake3.blake3(url.rstrip("/").encode()).hexdigest(16)
+        (self._root / FOLDER / "manifests").mkdir(parents=True, exist_ok=True)
+        self._limit_bytes, self._refresh_s, self._clock = limit_bytes, refresh_s, clock
+        self._lock, self._reader = threading.Lock(), ThreadPoolExecutor(1, thread_name_prefix="index")
+        self._reading: Future[None] | None = None
+        self._index: Index | None = None
+        self._read_s = -float("inf")
+        self._manifests: dict[Digest, Manifest] = {}
+        self._refused: dict[Digest, tuple[float, str]] = {}
+
+    @property
+    def root(self) -> Path:
+        """Where the names lie."""
+        return self._root
+
+    def entries(self) -> Mapping[str, Digest]:
+        """The digest of each entry's manifest. Raises StoreUnavailable if the store was never read here."""
+        return self._current_index().entries
+
+    def manifest(self, entry_id: str) -> Manifest:
+        """The files of an entry. Raises ModelNotFound, UnusableModel or StoreUnavailable."""
+        digest = self.entries().get(entry_id)
+        if digest is None:
+            raise ModelNotFound(entry_id)
+        found = self._manifests.get(digest)
+        if found is None:
+            try:
+                found = self._manifests[digest] = Manifest.from_json(self._read_manifest(digest))
+            except Malformed as error:
+                raise UnusableModel(entry_id, "its manifest in the model store is malformed") from error
+            except StoreUnavailable as error:
+                raise StoreUnavailable(entry_id, _shown(error)) from error
+        return found
+
+    def fetch(self, entry_id: str, wanted: Wanted) -> None:
+        """Brings the wanted files here and verifies small ones anew; names that are no longer current go."""
+        manifest = self.manifest(entry_id)
+        folder = self._root / entry_id
+        chosen = {path: entry for path, entry in manifest.files.items() if wanted(path)}
+        if sum(entry.size_bytes for entry in chosen.values()) > self._limit_bytes:
+            raise UnusableModel(entry_id, "its files are larger than this node's cache")
+        self._remove_outdated(folder, manifest)
+        with ThreadPoolExecutor(_CONCURRENT_FILES, thread_name_prefix="fetch") as pool:
+            for done in [pool.submit(self._bring, entry_id, path, entry) for path, entry in chosen.items()]:
+                done.result()
+
+    def weights_sizes(self) -> dict[int, float]:
+        """By the manifests that can be read."""
+        counts: dict[int, float] = {}
+        with contextlib.suppress(StoreUnavailable):
+            for entry_id in self.entries():
+                with contextlib.suppress(DarkroomError):
+                    for path, entry in self.manifest(entry_id).files.items():
+                        if is_weights(path):
+                            counts[entry.size_bytes] = counts.get(entry.size_bytes, 0.0) + 1.0
+        return counts
+
+    def expected(self, path: Path) -> FileEntry | None:
+        """By the manifest of the file's entry; None for a file that it does not name."""
+        if not path.is_relative_to(self._root):
+            return None
+        entry_id, _, rest = path.relative_to(self._root).as_posix().partition("/")
+        try:
+            return self.manifest(entry_id).files.get(rest)
+        except (ModelNotFound, UnusableModel, StoreUnavailable):
+            return None
+
+    def refuse(self, path: Path) -> bool:
+        """Quarantines the file under all its names."""
+        entry = self.expected(path)
+        if entry is not None:
+            self._objects.quarantine(entry.digest)
+        return entry is not None
+
+    def read_start(self, entry_id: str, path: str, limit_bytes: int) -> bytes:
+        """The first bytes of a file in the store, not verified. Raises StoreUnavailable."""
+        try:
+            return self._remote.read(f"{entry_id}/{path}", limit_bytes)
+        except FileNotFoundError as error:
+            raise StoreUnavailable(entry_id, "the store lacks a file that its manifest names") from error
+
+    def _bring(self, entry_id: str, path: str, entry: FileEntry) -> None:
+        self._check_refused(entry_id, path, entry.digest)
+        try:
+            for _ in range(_ATTEMPTS):
+                found = self._objects.bring(entry, lambda: self._remote.stream(f"{entry_id}/{path}", entry.size_bytes))
+                if _name(found, entry, path, self._root / entry_id / path):
+                    return
+                self._objects.quarantine(entry.digest)
+        except FileNotFoundError as error:
+            raise StoreUnavailable(entry_id, "the store lacks a file that its manifest names") from error
+        except Malformed as error:
+            self._refused[entry.digest] = (self._clock() + _REFUSED_S, str(error))
+            _log.error("file_refused", entry_id=entry_id, file=path, problem=str(error))
+            raise UnusableModel(
+                entry_id, f"its file {path} in the model store is not what its manifest says"
+            ) from error
+        except StoreUnavailable as error:
+            _log.warning("fetch_failed", entry_id=entry_id, file=path, problem=str(error), cause=repr(error.__cause__))
+            raise StoreUnavailable(entry_id, _shown(error)) from error
+        raise StoreUnavailable(entry_id, "its files do not stay on this node's disk")
+
+    def _check_refused(self, entry_id: str, path: str, digest: Digest) -> None:
+        until_s, problem = self._refused.get(digest, (0.0, ""))
+        if until_s > self._clock():
+            raise UnusableModel(entry_id, f"its file {path} in the model store is not what its manifest says") from (
+                Malformed(problem)
+            )
+
+    def _remove_outdated(self, folder: Path, manifest: Manifest) -> None:
+        """Removes names that the manifest does not have, or has for other files."""
+        for base, _, names in os.walk(folder):
+            for name in names:
+                file = Path(base, name)
+                entry = manifest.files.get(file.relative_to(folder).as_posix())
+                is_current = entry is not None and _is_same(file, self._objects.path(entry.digest))
+                if not is_current and not name.startswith("."):  # which is a name in the making
+                    file.unlink(missing_ok=True)
+
+    def _current_index(self) -> Index:
+        """The index, read anew when it is due; all who want it share one read, and wait for it only so long."""
+        with self._lock:
+            if self._clock() - self._read_s >= self._refresh_s and (self._reading is None or self._reading.done()):
+                self._reading = self._reader.submit(self._refresh)
+            reading, known = self._reading, self._index
+        if reading is not None:
+            try:
+                reading.result(timeout=None if known is None else _PATIENCE_S)
+            except TimeoutError:
+                _log.warning("store_index_is_slow")
+        assert self._index is not None
+        return self._index
+
+    def _refresh(self) -> None:
+        self._index = self._read_index()
+        self._read_s = self._clock()
+
+    def _read_index(self) -> Index:
+        file = self._root / INDEX_PATH
+        try:
+            text = self._remote.read(INDEX_PATH, MAX_JSON_BYTES + 1)
+            index = Index.from_json(text)
+        except (FileNotFoundError, StoreUnavailable, Malformed) as error:
+            if self._index is not None:
+                _log.warning("store_index_not_read", problem=str(error)[:200], cause=repr(error.__cause__)[:200])
+                return self._index
+            try:
+                return Index.from_json(file.read_bytes())
+            except (OSError, Malformed):
+                raise StoreUnavailable("its index", _shown(error)) from error
+        write_atomically(file, text)
+        return index
+
+    def _read_manifest(self, digest: Digest) -> bytes:
+        """Raises StoreUnavailable, or Malformed."""
+        file = self._root / manifest_path(digest)
+        try:
+            text = file.read_bytes()
+            if digest_of(text) == digest:
+                return text
+        except FileNotFoundError:
+            pass
+        try:
+            text = self._remote.read(manifest_path(digest), MAX_JSON_BYTES + 1)
+        except FileNotFoundError as error:
+            raise StoreUnavailable("a manifest", "the store lacks it") from error
+        if digest_of(text) != digest:
+            raise Malformed("the manifest has another digest than the index names")
+        write_atomically(file, text)
+        return text
+
+
+def _shown(error: Exception) -> str:
+    """What a caller may know of why: no paths, no addresses."""
+    if isinstance(error, StoreUnavailable):
+        return error.facts["problem"]
+    return "its index is malformed" if isinstance(error, Malformed) else "it has no index"
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except FileNotFoundError:
+        return False
+
+
+def _name(found: Path, entry: FileEntry, path: str, name: Path) -> bool:
+    """Whether the object is sound, as far as can be seen at once, and now has this name in place of what had it."""
+    if _is_same(name, found):
+        return is_weights(path) or digest_of(name.read_bytes()) == entry.digest
+    name.parent.mkdir(parents=True, exist_ok=True)
+    partial = name.with_name(f".{name.name}.{secrets.token_hex(4)}")
+    try:
+        os.link(found, partial)
+        if not is_weights(path) and digest_of(partial.read_bytes()) != entry.digest:
+            return False
+        partial.replace(name)
+    except FileNotFoundError:  # dropped meanwhile, to make room
+        return False
+    finally:
+        partial.unlink(missing_ok=True)
+    return True

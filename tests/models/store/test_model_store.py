@@ -1,0 +1,142 @@
+"""Parts of models from a store elsewhere: shared, verified on each load, mended once, adapters beside the base."""
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from darkroom.errors import ModelNotFound, StoreUnavailable, UnusableModel
+from darkroom.models.loader import load_part
+from darkroom.models.replica import StageReplica
+from darkroom.models.store.model_store import ModelStore, model_store
+from darkroom.store.indexing import write_index
+from darkroom.store.opening import check_store, open_source
+from darkroom.wire.tasks import LoraUse
+from tests.tiny_models import save_tiny_model
+
+_CPU = torch.device("cpu")
+_UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Two models that differ in their VAEs only, and a LoRA."""
+    root = tmp_path / "remote"
+    save_tiny_model(root, "tiny-sd")
+    shutil.copytree(root / "tiny-sd", root / "other")
+    vae = root / "other" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(vae).items()}, vae, metadata={"format": "pt"})
+    (root / "ink").mkdir()
+    save_file({"unet.x.lora_A.weight": torch.ones(2, 2)}, root / "ink" / "ink.safetensors")
+    write_index(root)
+    return root
+
+
+def _open(files: Path, tmp_path: Path, *, host_cache_bytes: int = 0) -> ModelStore:
+    source = open_source(f"file://{files}", tmp_path / "cache", 1 << 30)
+    return model_store(source, device="cpu", pool_bytes=0, host_cache_bytes=host_cache_bytes)
+
+
+def _weights(store: ModelStore, model_id: str, stage: str, name: str) -> dict[str, torch.Tensor]:
+    return dict(load_part(store, model_id, stage, _CPU).networks[name].named_parameters())
+
+
+def test_a_part_fetches_its_own_weights_only(files: Path, tmp_path: Path) -> None:
+    store = _open(files, tmp_path)
+    part = load_part(store, "tiny-sd", "denoiser", _CPU)
+    assert [path.relative_to(store.root).as_posix() for path in store.root.rglob("*.safetensors")] == [
+        f"tiny-sd/{_UNET}"
+    ]
+    plain = load_part(files, "tiny-sd", "denoiser", _CPU)
+    for name, tensor in plain.networks["unet"].state_dict().items():
+        assert torch.equal(part.networks["unet"].state_dict()[name], tensor)
+
+
+def test_models_with_equal_components_share_their_memory(files: Path, tmp_path: Path) -> None:
+    store = _open(files, tmp_path)
+    one, other = (load_part(store, model_id, "denoiser", _CPU) for model_id in ("tiny-sd", "other"))
+    for mine, its in zip(one.networks["unet"].parameters(), other.networks["unet"].parameters(), strict=True):
+        assert mine.data_ptr() == its.data_ptr()
+
+
+def test_a_model_that_was_dropped_comes_back_without_the_disk(files: Path, tmp_path: Path) -> None:
+    store = _open(files, tmp_path, host_cache_bytes=1 << 30)
+    load_part(store, "tiny-sd", "vae", _CPU)
+    load_part(store, "tiny-sd", "vae", _CPU)
+    assert store._host.read_count == 1
+
+
+def test_a_file_damaged_on_the_node_is_quarantined_and_fetched_once_more(files: Path, tmp_path: Path) -> None:
+    store = _open(files, tmp_path)
+    before = {name: tensor.clone() for name, tensor in _weights(store, "tiny-sd", "denoiser", "unet").items()}
+    path = store.root / "tiny-sd" / _UNET
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    for name, tensor in _weights(store, "tiny-sd", "denoiser", "unet").items():
+        assert torch.equal(tensor, before[name])
+    assert len(list((tmp_path / "cache" / "quarantine").iterdir())) == 1
+
+
+def test_a_model_with_weights_that_are_no_numbers_is_refused(files: Path, tmp_path: Path) -> None:
+    path = files / "other" / _UNET
+    tensors = load_file(path)
+    tensors["conv_in.bias"][0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    write_index(files)
+    for where in (_open(files, tmp_path), files):
+        with pytest.raises(UnusableModel, match="no numbers"):
+            load_part(where, "other", "denoiser", _CPU)
+        load_part(where, "tiny-sd", "denoiser", _CPU)
+
+
+def test_an_indexed_folder_is_not_served_where_it_differs_from_its_index(files: Path) -> None:
+    path = files / "other" / _UNET
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UnusableModel, match="digest"):
+        load_part(files, "other", "denoiser", _CPU)
+    assert path.read_bytes() == content  # somebody's folder is not touched
+    load_part(files, "tiny-sd", "denoiser", _CPU)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "../tiny-sd", "", ".darkroom", "ink"])
+def test_what_is_no_model_is_not_found(name: str, files: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound):
+        load_part(_open(files, tmp_path), name, "vae", _CPU)
+
+
+def test_a_store_that_was_never_read_is_unavailable(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable):
+        load_part(_open(tmp_path / "none", tmp_path), "tiny-sd", "vae", _CPU)
+
+
+async def test_adapters_are_fetched_beside_the_base(files: Path, tmp_path: Path) -> None:
+    store = _open(files, tmp_path, host_cache_bytes=1 << 30)
+    replica = StageReplica(
+        replica_id="r",
+        stage="denoiser",
+        model_store=store,
+        device="cpu",
+        max_running=8,
+        max_batch_rows=8,
+        thread_count=1,
+    )
+    await replica.part("tiny-sd", [LoraUse("ink", 1.0), LoraUse("nowhere", 1.0)])
+    async with asyncio.timeout(10):
+        while store._host.read_count < 2:
+            await asyncio.sleep(0.01)
+    assert (store.root / "ink" / "ink.safetensors").exists()
+    replica.close()
+
+
+@pytest.mark.parametrize(
+    "where", ["ftp://host/x", "http://", "http://h/x?y=1", "s3://", "/no/such/folder", "gopher://x"]
+)
+def test_what_can_be_no_store_is_refused_at_the_start(where: str) -> None:
+    with pytest.raises(ValueError, match="model_store"):
+        check_store(where)
