@@ -126,7 +126,7 @@ async def test_previews_of_every_image_come_at_their_interval(client: Client) ->
     previews = {progress.step: progress.previews for progress in heard if progress.previews}
     assert sorted(previews) == [5, 10, 15, 20, 25]
     for first, second in previews.values():
-        assert pixels(first).shape == pixels(second).shape == (8, 8, 3)
+        assert pixels(first).shape == pixels(second).shape == (16, 16, 3)
         assert not np.array_equal(pixels(first), pixels(second))
 
 

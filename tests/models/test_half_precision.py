@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from darkroom.models import controlnets, loader, programs
+from darkroom.models import controlnets, loader, programs, weights
 from darkroom.models.denoising import denoise
 from darkroom.models.executor import Executor
 from darkroom.models.journal import Journal
@@ -26,7 +26,7 @@ HALF = torch.bfloat16
 @pytest.fixture(autouse=True)
 def half(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every network runs in half precision, whatever it is stored in."""
-    for module in (loader, controlnets):
+    for module in (weights, controlnets):
         monkeypatch.setattr(module, "running_dtype", lambda *_: HALF)
 
 
@@ -75,7 +75,7 @@ def test_pictures_work_alike(own_store: Path, executor: Executor, name: str) -> 
 
 
 def test_a_vae_that_half_precision_breaks_stays_in_single(tiny_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "running_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr(weights, "running_dtype", lambda *_: torch.float16)
     part = loader.load_part(tiny_store, "tiny-sdxl", "vae", torch.device("cpu"))
     assert part.pipeline.vae.config.force_upcast
     assert part.pipeline.vae.dtype is part.denoiser.dtype is torch.float32
