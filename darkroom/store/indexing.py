@@ -4,6 +4,7 @@ The rule: readers see the old index or the new one, whole; the index is replaced
 """
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def _read_file(file: Path, path: str) -> FileEntry:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The file has its old content or the new, whatever happens meanwhile."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # others may write the same
     try:
         partial.write_bytes(content)
         partial.replace(path)

@@ -313,8 +313,8 @@ def _fetcher(url: str, cache: Path, entry_id: str) -> "subprocess.Popen[bytes]":
 def test_a_hundred_requests_in_several_processes_are_one_fetch(files: Path, tmp_path: Path) -> None:
     make_store(files, "big", size_bytes=2 * _MIB)
     write_index(files)
-    with nginx(files, tmp_path / "nginx", inside="limit_rate 1m;") as web:
-        processes = [_fetcher(web.url, tmp_path / "cache", "big") for _ in range(3)]
+    with nginx(files, tmp_path / "nginx", inside="limit_rate 1m;") as web, contextlib.ExitStack() as started:
+        processes = [started.enter_context(_fetcher(web.url, tmp_path / "cache", "big")) for _ in range(3)]
         store = _node(web.url, tmp_path)
         with ThreadPoolExecutor(97) as pool:
             for done in [pool.submit(store.fetch, "big", _all) for _ in range(97)]:

@@ -76,10 +76,10 @@ def test_every_network_is_what_its_library_makes_of_the_folder(folder: Path, dty
         assert not copied, (kind.__name__, copied[:3])  # no second copy
 
 
-def test_names_of_older_releases_are_understood(tmp_path: Path) -> None:
+def test_names_of_older_releases_are_understood(tiny_store: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file  # noqa: PLC0415 - of this test only
 
-    shutil.copytree(_SHAPES / "shapes" / "vae", tmp_path / "vae")
+    shutil.copytree(tiny_store / "tiny-sd" / "vae", tmp_path / "vae")
     file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     renamed = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     state = {}
