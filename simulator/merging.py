@@ -4,16 +4,16 @@ from dataclasses import replace
 
 from darkroom.policy.fusion import Pair, choose_fused
 from darkroom.policy.popularity import Popularity
-from simulator.costs import Loader, Sizes
+from simulator.costs import Loader
 from simulator.workload import Request
 
 
 class Merging:
     """Which pairs are merged now."""
 
-    def __init__(self, loader: Loader, sizes: Sizes, lora_s: float) -> None:
+    def __init__(self, loader: Loader, lora_s: float) -> None:
         """`lora_s`: what adapters cost a request in its steps."""
-        self._loader, self._sizes, self._lora_s = loader, sizes, lora_s
+        self._loader, self._lora_s = loader, lora_s
         self._asked = Popularity()
         self._merged: frozenset[str] = frozenset()
 

@@ -68,7 +68,7 @@ class Darkroom:
             self._habits = Habits(self._config.bandit, cluster, self._worth)
             cluster.clock.after(self._config.bandit.slot_s, self._next_slot)
         if self._config.merges:
-            self._merging = Merging(self.loader, cluster.sizes, lora_s=0.0)
+            self._merging = Merging(self.loader, lora_s=0.0)
 
     def _next_slot(self) -> None:
         if self._left and self._habits and self._config.bandit:

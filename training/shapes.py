@@ -1,6 +1,6 @@
 """Makes `models/shapes`, from drawn scenes to a folder that StableDiffusionPipeline loads.
 
-    python -m training.shapes --folder out/training --limit-s 20000 --out models/shapes
+    python -m training.shapes --folder out/training --limit-s 6300 --out models/shapes
 
 Stopped at any time, the same command goes on where it was. The VAE and the text encoder come first (`training.vae`,
 `training.text`).
@@ -122,10 +122,10 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m training.shapes", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("out/training"), help="where the state of trainings is")
-    parser.add_argument("--limit-s", type=float, default=20000, help="CPU seconds of the whole training")
+    parser.add_argument("--limit-s", type=float, default=6300, help="CPU seconds of the whole training")
     parser.add_argument("--run-s", type=float, default=float("inf"), help="CPU seconds of this run")
     parser.add_argument("--peak", type=float, default=1e-3, help="highest learning rate")
-    parser.add_argument("--scenes", type=int, default=24000)
+    parser.add_argument("--scenes", type=int, default=16000)
     parser.add_argument("--out", type=Path, default=Path("models/shapes"))
     return parser.parse_args()
 
