@@ -3,7 +3,7 @@
 Every model draws the same prompts, half of them of one thing (easy), half of two (hard). Two rows need no model: drawn
 pictures themselves, and what the VAE makes of them, which no model over that VAE can beat.
 
-    python -m bench.quality --models shapes shapes-turbo --count 1000
+    python -m bench.quality --models shapes shapes-turbo shapes-dit --count 1000 --sheets docs/images
 """
 
 import statistics
@@ -16,7 +16,16 @@ import numpy as np
 import torch
 
 from bench import report
-from training.evaluate import easy_scenes, generate, hard_scenes, interval, load, model_defaults, shares
+from training.evaluate import (
+    contact_sheet,
+    easy_scenes,
+    generate,
+    hard_scenes,
+    interval,
+    load,
+    model_defaults,
+    shares,
+)
 from training.features import Reader, features_of, frechet_distance, load_reader
 from training.judge import Marks, mark_all
 from training.scenes import Scene, draw_all
@@ -24,6 +33,8 @@ from training.vae import reconstruct
 
 _TRUTH_SEED, _DRAWN_SEED = 500, 501
 _TIMED_COUNT = 9
+_SHOWN_COUNT, _SHOWN_COLUMNS = 30, 10
+"""Pictures of each kind on a contact sheet."""
 
 
 class Pictures:
@@ -47,7 +58,7 @@ class Pictures:
 
 def _told(marks: Sequence[Marks]) -> dict[str, Any]:
     told = shares(marks)
-    return {**told, "count": len(marks), "interval": interval(told["everything"], len(marks))}
+    return {"count": len(marks), **{name: (share, *interval(share, len(marks))) for name, share in told.items()}}
 
 
 def seconds_per_picture(draw: Callable[[int], object]) -> float:
@@ -60,19 +71,24 @@ def seconds_per_picture(draw: Callable[[int], object]) -> float:
     return statistics.median(times[1:])
 
 
-def of_model(folder: Path, pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, Any]:
-    """The row of one model, at its own number of steps and guidance."""
+def of_model(folder: Path, pictures: Pictures, scenes: Sequence[Scene], sheets: Path | None) -> dict[str, Any]:
+    """The row of one model, at its own number of steps and guidance; its contact sheet, if there is a place for it."""
     pipe, settings = load(folder), model_defaults(folder)
     drawn = generate(pipe, scenes, **settings)
+    if sheets:
+        half = len(drawn) // 2
+        shown = np.concatenate([drawn[:half][:_SHOWN_COUNT], drawn[half:][:_SHOWN_COUNT]])
+        contact_sheet(shown, _SHOWN_COLUMNS).save(sheets / f"{folder.name}.png", optimize=True)
     alone_s = seconds_per_picture(lambda seed: generate(pipe, scenes[:1], seed=seed, **settings))
     return {**pictures.measure(folder.name, drawn), **settings, "alone_s": alone_s}
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the tables."""
     parser = report.command_line("quality", "Accuracy and distance from drawn truth, per model.")
     parser.add_argument("--models", nargs="+", default=["shapes"], help="folders of the store")
     parser.add_argument("--count", type=int, default=1000, help="pictures per model")
+    parser.add_argument("--sheets", type=Path, help="write a contact sheet of each model into this folder")
     options = parser.parse_args()
     torch.set_num_threads(1)
     on, count = report.machine(), 40 if options.quick else options.count
@@ -84,27 +100,32 @@ def main() -> None:
     rows = [
         pictures.measure("drawn", drawn),
         pictures.measure("drawn, through the VAE", reconstruct(vae, torch.from_numpy(drawn)).numpy()),
-        *(of_model(options.model_store / name, pictures, scenes) for name in options.models),
+        *(of_model(options.model_store / name, pictures, scenes, options.sheets) for name in options.models),
     ]
-    head = ("model", "steps", "s per picture", "easy, all right", "hard, all right", "distance")
-    report.table(f"{count} pictures a model, one thread", head, map(_shown, rows))
+    title = f"{count} pictures a model, half of them of one thing (easy), one thread"
+    report.table(title, ("model", "steps", "s per picture", "easy", "hard", "distance"), map(_summary, rows))
+    names = [name for name in rows[0]["easy"] if name not in ("count", "everything")]
+    report.table(
+        "right, by attribute",
+        ("model", *names),
+        (_by_attribute(row, kind, names) for row in rows for kind in ("easy", "hard")),
+    )
     report.finish("quality", on, {"rows": rows, "count": count})
 
 
-def _shown(row: dict[str, Any]) -> list[str]:
-    return [
-        row["name"],
-        str(row.get("steps", "")),
-        f"{row['alone_s']:.3f}" if "alone_s" in row else "",
-        _share(row["easy"]),
-        _share(row["hard"]),
-        f"{row['distance']:.2f}",
-    ]
+def _summary(row: dict[str, Any]) -> list[str]:
+    timed = [str(row["steps"]), f"{row['alone_s']:.3f}"] if "steps" in row else ["", ""]
+    told = [_share(row[kind]["everything"]) for kind in ("easy", "hard")]
+    return [row["name"], *timed, *told, f"{row['distance']:.2f}"]
 
 
-def _share(told: dict[str, Any]) -> str:
-    low, high = told["interval"]
-    return f"{told['everything']:.1%} ({low:.1%}–{high:.1%})"
+def _by_attribute(row: dict[str, Any], kind: str, names: Sequence[str]) -> list[str]:
+    return [f"{row['name']}, {kind}", *(_share(row[kind][name]) for name in names)]
+
+
+def _share(told: tuple[float, float, float]) -> str:
+    share, low, high = told
+    return f"{share:.1%} ({low:.1%}–{high:.1%})"
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from training.denoiser import NOISE_SCHEDULE, make_noise
 from training.descent import Descent, Plan
 from training.evaluate import load
 from training.latents import Latents, load_latents
+from training.saving import save_pipeline
 from training.scenes import loose_caption
-from training.shapes import save
 from training.text import embed
 
 STEPS, TEACHER_GUIDANCE = 4, 3.0
@@ -128,7 +128,7 @@ def main() -> None:
     plan = Plan(peak=3e-4, limit_s=options.limit_s, run_s=options.run_s, fall=0.5, decay=0.998)
     distillation = Distillation(teacher, data, plan, folder=options.folder)
     distillation.run()
-    save(assemble(teacher, distillation.averaged), options.out, steps=STEPS, guidance=1.0)
+    save_pipeline(assemble(teacher, distillation.averaged), options.out, steps=STEPS, guidance=1.0)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from training.denoiser import loose_captions
 from training.descent import Descent, Plan
 from training.evaluate import load
 from training.latents import Latents, load_latents
+from training.saving import save_pipeline
 from training.scenes import loose_caption
-from training.shapes import save
 from training.text import TEXT_WIDTH, embed, token_ids
 from training.tokenizer import MAX_TOKENS, make_t5_tokenizer
 from training.vae import LATENT_CHANNELS
@@ -224,7 +224,7 @@ def main() -> None:
         guided.run()
         transformer = guided.averaged
     pipe = assemble(shapes, text_encoder, transformer)
-    save(pipe, options.out, steps=STEPS, guidance=GUIDANCE, max_sequence_length=MAX_TOKENS)
+    save_pipeline(pipe, options.out, steps=STEPS, guidance=GUIDANCE, max_sequence_length=MAX_TOKENS)
 
 
 if __name__ == "__main__":

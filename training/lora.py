@@ -19,14 +19,13 @@ from torch import nn
 from training.denoiser import loose_captions, velocity_loss
 from training.descent import Descent, Plan
 from training.dit import Conditions, flow_loss
-from training.evaluate import easy_scenes, generate, load, model_defaults
+from training.evaluate import load
 from training.latents import Latents, load_latents
+from training.saving import let_all_read, say_base
 from training.scenes import STYLES
-from training.styles import share_in_style
 from training.text import embed
 
 RANK = 8
-_TESTED_COUNT = 200
 _UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 _TRANSFORMER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out"]
 
@@ -56,16 +55,16 @@ class LoraTraining:
         """Trains until the plan ends. Returns the loss of each step."""
         return self.descent.run(lambda: self.loss(batch))
 
-    def save(self, folder: Path) -> None:
-        """Writes the average in diffusers' LoRA format."""
+    def save(self, folder: Path, *, base: str) -> None:
+        """Writes the average in diffusers' LoRA format. `base`: id of the model that it is made for."""
         learned = get_peft_model_state_dict(self.descent.averaged("network"))
         layers = {name: tensor.half() for name, tensor in learned.items()}
         if self._is_unet:
             StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
         else:
             FluxPipeline.save_lora_weights(folder, transformer_lora_layers=layers)
-        for file in folder.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors makes them readable by nobody else
+        say_base(folder, base)
+        let_all_read(folder)
 
 
 def _embedder(pipe: DiffusionPipeline) -> Callable[[nn.Module, torch.Tensor, list[str]], torch.Tensor]:
@@ -101,14 +100,7 @@ def main() -> None:
     plan = Plan(peak=1e-3, limit_s=options.limit_s, run_s=options.run_s, fall=0.5, decay=0.99)
     training = LoraTraining(pipe, options.style, data, plan, folder=options.folder)
     training.run()
-    training.save(options.out)
-    scenes, settings = easy_scenes(_TESTED_COUNT), model_defaults(options.model)
-    for state in ("without", "with"):
-        if state == "with":
-            pipe.load_lora_weights(options.out)
-        pictures = generate(pipe, scenes, **settings)
-        shares = {style: f"{share_in_style(pictures, scenes, style):.1%}" for style in STYLES}
-        print(f"{_TESTED_COUNT} pictures {state} the LoRA, by style: {shares}")
+    training.save(options.out, base=options.model.name)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import EfficientNetConfig, EfficientNetForImageClassification,
 
 from training.descent import Descent, Plan
 from training.evaluate import generate, load, model_defaults
+from training.saving import save_network
 from training.scenes import SIZE_PX, draw_all, random_scenes
 from training.vae import reconstruct, to_image_BCHW
 
@@ -124,7 +125,7 @@ def main() -> None:
     plan = Plan(peak=1e-3, limit_s=options.limit_s, run_s=options.run_s, fall=0.7, decay=0.99)
     training = ScorerTraining(real, np.concatenate(generated), plan, folder=options.folder)
     training.run()
-    training.averaged.half().save_pretrained(options.out)
+    save_network(training.averaged, options.out)
     make_processor().save_pretrained(options.out)
 
 

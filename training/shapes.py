@@ -4,13 +4,9 @@
 
 Stopped at any time, the same command goes on where it was. The VAE and the text encoder come first (`training.vae`,
 `training.text`).
-Weights are stored in half precision, and config.json says float32: half the bytes, and loaders compute in float32.
 """
 
 import argparse
-import copy
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +19,7 @@ from training.descent import Descent, Plan
 from training.evaluate import contact_sheet, easy_scenes, generate, hard_scenes, in_a_line
 from training.judge import mark_all
 from training.latents import load_latents
-from training.scenes import SIZE_PX
+from training.saving import save_pipeline
 from training.tokenizer import make_tokenizer
 
 STEPS, GUIDANCE = 25, 2.0
@@ -46,39 +42,6 @@ def assemble(
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def save(pipe: DiffusionPipeline, folder: Path, *, steps: int, guidance: float, **more: int) -> None:
-    """Writes the pipeline in diffusers' directory format, weights in half precision, in one go.
-
-    `steps` and `guidance` are what the model is asked for where nobody says otherwise; `more` goes to darkroom.json as
-    well. Files beside the pipeline's own,
-    such as the card, stay. The networks given are left as they are.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    halved = copy.deepcopy(pipe)
-    for part in halved.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.half()
-    halved.save_pretrained(partial, safe_serialization=True)
-    for config in partial.glob("*/config.json"):
-        entries = json.loads(config.read_text())
-        entries.pop("_name_or_path", None)  # where it was loaded from on the machine that trained it
-        if config.parent.name.startswith("text_encoder"):
-            entries["dtype"] = "float32"
-        config.write_text(json.dumps(entries, indent=2) + "\n")
-    sides = dict.fromkeys(("default_width_px", "default_height_px"), SIZE_PX)
-    defaults = {**sides, "default_step_count": steps, "default_guidance_scale": guidance, **more}
-    (partial / "darkroom.json").write_text(json.dumps(defaults) + "\n")
-    for file in partial.rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors makes them readable by nobody else
-    if folder.is_dir():
-        for kept in folder.iterdir():
-            if kept.is_file() and not (partial / kept.name).exists():
-                shutil.copy2(kept, partial)
-        shutil.rmtree(folder)
-    partial.rename(folder)
 
 
 def look(pipe: DiffusionPipeline, descent: Descent, folder: Path, *, count: int) -> None:
@@ -116,7 +79,7 @@ def main() -> None:
                 look(pipe, training.descent, options.folder, count=40)
 
     training.run(each=each)
-    save(pipe, options.out, steps=STEPS, guidance=GUIDANCE)
+    save_pipeline(pipe, options.out, steps=STEPS, guidance=GUIDANCE)
 
 
 def _options() -> argparse.Namespace:

@@ -14,6 +14,7 @@ from training.dit import assemble as dit
 from training.dit import make_transformer
 from training.evaluate import easy_scenes
 from training.lora import LoraTraining
+from training.saving import save_network
 from training.scenes import BACKGROUNDS, SIZE_PX, STYLES, draw_all, random_scenes
 from training.styles import share_in_style, style_of
 from training.text import make_t5_encoder
@@ -30,7 +31,7 @@ def test_a_lora_learns_and_diffusers_loads_it(kind: str, tmp_path: Path) -> None
         pipe, options = dit(shapes, make_t5_encoder(make_t5_tokenizer()).eval(), make_transformer()), DIT
     lora = LoraTraining(pipe, "outline", latents(), PLAN)
     assert falls(lora.run(batch=8))
-    lora.save(tmp_path)
+    lora.save(tmp_path, base="shapes")
     draw = {"num_inference_steps": 2, "output_type": "np", **options}
     before = pipe("a red circle", generator=torch.Generator().manual_seed(0), **draw).images
     pipe.load_lora_weights(tmp_path, adapter_name="style")
@@ -42,7 +43,7 @@ def test_the_controlnet_learns_and_diffusers_loads_it(tmp_path: Path) -> None:
     pipe = tiny_shapes()
     training = ControlNetTraining(pipe, make_guided(pipe, 16, seed=1), PLAN)
     assert falls(training.run(batch=8))
-    training.averaged.save_pretrained(tmp_path)
+    save_network(training.averaged, tmp_path, base="shapes")
     parts = {**pipe.components, "controlnet": ControlNetModel.from_pretrained(tmp_path)}
     steered = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
     lines = torch.from_numpy(edges(draw_anywhere(random.Random(1)).masks)).permute(2, 0, 1)[None].float() / 255

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from tests.training.tiny import tiny_shapes
 from training.evaluate import easy_scenes, generate, load, model_defaults
-from training.shapes import save
+from training.saving import save_pipeline
 
 
 def test_a_saved_model_draws_the_same_picture_in_plain_diffusers(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_a_saved_model_draws_the_same_picture_in_plain_diffusers(tmp_path: Path)
     (folder / "README.md").write_text("a card")
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.half().float()  # as what is stored
-    save(pipe, folder, steps=2, guidance=3.0)
+    save_pipeline(pipe, folder, steps=2, guidance=3.0)
     loaded, scenes = load(folder), easy_scenes(1)
     assert isinstance(loaded, StableDiffusionPipeline)
     assert loaded.unet.dtype == loaded.text_encoder.dtype == pipe.unet.dtype == torch.float32
