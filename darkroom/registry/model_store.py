@@ -73,7 +73,7 @@ def read_model_store(root: Path) -> StoreListing:
     models: list[ModelEntry] = []
     adapters: list[LoraEntry | GuideEntry] = []
     refused: dict[str, str] = {}
-    for path in sorted(root.iterdir()):
+    for path in sorted(path for path in root.iterdir() if not path.name.startswith(".")):  # those are in the making
         try:
             if path.joinpath("model_index.json").exists():
                 models.append(_read_model(root, path))
@@ -114,7 +114,7 @@ def _read_controlnet(folder: StoreFolder, path: Path, name: object) -> GuideEntr
         guide_id=_check_id(path.name, "controlnet_id"),
         role=CONTROLNET,
         pipelines=CONTROLNETS[name],
-        base_model=None,
+        base_model=_read_base_model(_read_adapter_settings(folder, {"base_model"})),
         size_bytes=folder.component_bytes("."),
     )
 

@@ -9,14 +9,13 @@ import pytest_asyncio
 
 from darkroom.client import Client
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster
-
-SHAPES = Path(__file__).parents[2] / "models" / "shapes"
+from tests.shipped import MODELS
 
 
 @pytest.fixture(scope="session")
 def store(tiny_store: Path) -> Path:
-    """The tiny models and the shipped one."""
-    shutil.copytree(SHAPES, tiny_store / "shapes")
+    """The tiny models and those that ship."""
+    shutil.copytree(MODELS, tiny_store, dirs_exist_ok=True)
     return tiny_store
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-SHAPES_STORE = Path(__file__).parents[2] / "models"
+from tests.shipped import MODELS
+
 DARKROOM = str(Path(sys.executable).parent / "darkroom")
 
 
@@ -28,7 +29,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {
         **os.environ,
         "XDG_STATE_HOME": str(state),
-        "DARKROOM_MODEL_STORE": str(SHAPES_STORE),
+        "DARKROOM_MODEL_STORE": str(MODELS),
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "220",
     }

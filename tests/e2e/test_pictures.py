@@ -29,6 +29,7 @@ from tests.models.variant_runs import mask, picture
 from tests.tiny.ip_adapters import WEIGHTS, save_ip_adapter
 from tests.tiny.variants import CONTROLNETS, save_variants
 
+IP_ADAPTERS = ("ip-sd", "ip-sd-plus")
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 SD = Drawing(
     prompt="a ring",
@@ -47,11 +48,11 @@ SD = Drawing(
 async def guides(store: Path, cluster: LocalCluster) -> None:
     """ControlNets and IP-Adapters, once the catalogue has read the store again."""
     save_variants(store)
-    for adapter_id in ("ip-sd", "ip-sd-plus"):
+    for adapter_id in IP_ADAPTERS:
         save_ip_adapter(store, adapter_id)
     cachemgr = Client(router_address="", cachemgr_address=cluster.addresses.cachemgr)
     async with asyncio.timeout(30), cachemgr as client:
-        while len((await client.catalogue()).guides) < len(CONTROLNETS) + 2:
+        while not {*CONTROLNETS, *IP_ADAPTERS} <= {guide.guide_id for guide in (await client.catalogue()).guides}:
             await asyncio.sleep(0.2)
 
 

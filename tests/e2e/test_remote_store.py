@@ -12,10 +12,10 @@ from darkroom.client import Client, Drawing
 from darkroom.errors import ModelNotFound, Overloaded, StoreUnavailable, UnusableModel
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster
 from darkroom.store.indexing import write_index
+from tests.shipped import SHAPES
 from tests.store.servers import Nginx, needs_nginx, nginx
 
 pytestmark = [needs_nginx, pytest.mark.asyncio(loop_scope="module")]
-_SHAPES = Path(__file__).parents[2] / "models" / "shapes"
 _UNET = "unet/diffusion_pytorch_model.safetensors"
 _WAIT_S = 60.0
 
@@ -25,7 +25,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copies of the shipped model: `second` and `third` have UNets of their own, all share the rest."""
     root = tmp_path_factory.mktemp("remote")
     for number, name in enumerate(("shapes", "second", "third", "bad", "late")):
-        shutil.copytree(_SHAPES, root / name)
+        shutil.copytree(SHAPES, root / name)
         content = bytearray((root / name / _UNET).read_bytes())
         content[-1] ^= number
         (root / name / _UNET).write_bytes(content)
@@ -50,7 +50,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster(web: Nginx, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalCluster]:
     """Two denoisers, each with room for one UNet."""
-    budget_bytes = 3 * (_SHAPES / _UNET).stat().st_size  # it is stored in half precision, and runs in single
+    budget_bytes = 3 * (SHAPES / _UNET).stat().st_size  # it is stored in half precision, and runs in single
     config = ClusterConfig(
         denoisers=2,
         model_store=web.url,

@@ -22,9 +22,8 @@ from PIL import Image
 
 from darkroom.errors import UnusableModel
 from darkroom.models.previews import FILE_NAME, PreviewMap, clean_estimate, load_map, save_map, unpack_patches
+from tests.shipped import SHAPES
 from tests.tiny_models import BETAS
-
-SHAPES = Path(__file__).parents[2] / "models" / "shapes"
 
 
 @pytest.fixture

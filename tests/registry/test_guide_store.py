@@ -52,6 +52,15 @@ def test_a_network_that_is_no_controlnet_is_refused(tmp_path: Path, class_name: 
     assert problem in read_model_store(tmp_path).refused["edges"]
 
 
+def test_a_controlnet_may_name_the_model_that_it_is_for(tmp_path: Path) -> None:
+    make_model(tmp_path)
+    make_controlnet(tmp_path)
+    write(tmp_path / "edges" / "darkroom.json", {"base_model": "sd"})
+    assert [guide.base_model for guide in read_model_store(tmp_path).guides] == ["sd"]
+    write(tmp_path / "edges" / "darkroom.json", {"base_model": "xl"})
+    assert "base_model xl" in read_model_store(tmp_path).refused["edges"]
+
+
 def test_a_config_without_a_class_makes_no_controlnet(tmp_path: Path) -> None:
     make_controlnet(tmp_path, None)
     assert read_model_store(tmp_path).entries == ()

@@ -130,10 +130,16 @@ def test_darkroom_json_with_nonsense_refuses_the_model(tmp_path: Path, overrides
     assert reason(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["SD", "sd 1", "-sd", ".sd", "a..b", "s" * 65, "sd\n", "モデル"])
+@pytest.mark.parametrize("name", ["SD", "sd 1", "-sd", "a..b", "s" * 65, "sd\n", "モデル"])
 def test_a_folder_whose_name_is_no_model_id_is_refused(tmp_path: Path, name: str) -> None:
     make_model(tmp_path, name)
     assert "model_id" in reason(tmp_path, name)
+
+
+def test_a_folder_in_the_making_is_passed_over(tmp_path: Path) -> None:
+    make_model(tmp_path, ".sd.partial")
+    listing = read_model_store(tmp_path)
+    assert (listing.entries, listing.refused) == ((), {})
 
 
 def test_a_folder_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:

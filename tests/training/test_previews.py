@@ -9,10 +9,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from darkroom.models.previews import load_map
+from tests.shipped import SHAPES
 from training.previews import drawn_pictures, fit_map, read_pictures, scaled_latents
 from training.scenes import SIZE_PX
-
-SHAPES = Path(__file__).parents[2] / "models" / "shapes"
 
 
 def tiny_vae(**options: object) -> AutoencoderKL:

@@ -1,17 +1,17 @@
 """What ships in `models`: small, loaded by plain diffusers, with this code's tokenizer, drawing what it is told."""
 
 import random
-from pathlib import Path
 
 import pytest
 from transformers import CLIPTokenizer
 
+from darkroom.registry.catalogue import read_model_store
+from tests.shipped import MODELS
 from training.evaluate import easy_scenes, generate, hard_scenes, load, model_defaults
 from training.judge import mark_all
 from training.scenes import loose_caption, random_scenes
 from training.tokenizer import MAX_TOKENS, make_tokenizer
 
-MODELS = Path(__file__).parents[2] / "models"
 MOST_BYTES = 60_000_000
 LEAST_RIGHT = {"shapes": (0.85, 0.70)}
 """Of easy and of hard prompts, in a sample of 20 each: the bars are 95 % and 80 % of hundreds."""
@@ -19,6 +19,13 @@ LEAST_RIGHT = {"shapes": (0.85, 0.70)}
 
 def test_what_ships_is_small() -> None:
     assert sum(file.stat().st_size for file in MODELS.rglob("*") if file.is_file()) <= MOST_BYTES
+
+
+def test_nothing_that_ships_is_refused_by_the_store() -> None:
+    shipped = read_model_store(MODELS)
+    assert not shipped.refused
+    bases = {lora.base_model for lora in shipped.loras} | {guide.base_model for guide in shipped.guides}
+    assert bases <= {model.model_id for model in shipped.models}
 
 
 @pytest.mark.parametrize("model_id", LEAST_RIGHT)
