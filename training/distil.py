@@ -1,21 +1,22 @@
-"""Distils `shapes` into `shapes-turbo`, which draws in four steps without guidance.
+"""Distils `shapes` into `shapes-turbo`: a smaller UNet that draws in two steps without guidance.
 
-Latent consistency distillation (Luo et al. 2023, arXiv 2310.04378): wherever on the way from noise to picture the
-student stands, it names the picture at once, and where it stands a solver step later must not change its answer. The
-solver's step is the teacher's, under guidance, so that guidance is learned too. The student's target is the student
-itself (Song & Dhariwal 2023, arXiv 2310.14189); its average is shipped. VAE and text encoder stay the teacher's.
+Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512): one step of the student is to land where two of the
+teacher's do, by DDIM. The student is the teacher without its innermost level and middle, as in BK-SDM (Kim et al. 2023,
+arXiv 2305.15798), and starts from the weights that are left. That is what makes it the lighter model of a cascade: of
+prompts that leave nothing open even the teacher needs few steps. VAE and text encoder stay the teacher's.
 
     python -m training.distil --teacher models/shapes --out models/shapes-turbo
 """
 
 import argparse
-import copy
+import re
 from pathlib import Path
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from training.denoiser import NOISE_SCHEDULE, make_noise
+from training.denoiser import make_noise
 from training.descent import Descent, Plan
 from training.evaluate import load
 from training.latents import Latents, load_latents
@@ -23,9 +24,28 @@ from training.saving import save_pipeline
 from training.scenes import loose_caption
 from training.text import embed
 
-STEPS, TEACHER_GUIDANCE = 4, 3.0
-_GRID = 50  # solver steps from noise to picture; LCMScheduler's original_inference_steps
-_HUBER = 0.03  # where the loss turns from squares to absolute values, for latents of unit deviation
+STEPS = 2
+_TEACHER_STEPS = 2  # for each of the student's
+
+
+def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    """The teacher without its innermost level and middle, with its weights wherever they fit."""
+    config = teacher.config
+    student = UNet2DConditionModel(
+        **{key: value for key, value in config.items() if not key.startswith("_")}
+        | {
+            "down_block_types": config.down_block_types[:-1],
+            "mid_block_type": None,
+            "up_block_types": config.up_block_types[1:],
+            "block_out_channels": config.block_out_channels[:-1],
+        }
+    )
+    theirs, own = teacher.state_dict(), student.state_dict()
+    for name, tensor in own.items():
+        found = theirs[re.sub(r"up_blocks\.(\d)", lambda match: f"up_blocks.{int(match[1]) + 1}", name)]
+        if found.shape == tensor.shape:
+            tensor.copy_(found)
+    return student
 
 
 class Distillation:
@@ -36,10 +56,11 @@ class Distillation:
     ) -> None:
         self._teacher, self._data = teacher, data
         self._guide: UNet2DConditionModel = teacher.unet.to(memory_format=torch.channels_last)
-        self._student = copy.deepcopy(self._guide).train()
+        self._student = make_student(self._guide).train().to(memory_format=torch.channels_last)
         self._guide.requires_grad_(requires_grad=False)
         alphas = make_noise().alphas_cumprod
-        self._timesteps = torch.arange(1, _GRID + 1) * (len(alphas) // _GRID) - 1
+        grid = torch.linspace(0, len(alphas), STEPS * _TEACHER_STEPS + 1).round().long()[1:]
+        self._timesteps = grid - 1
         # Index 0 is the picture itself; n is the n-th time step of the grid.
         self._signals = torch.cat([torch.ones(1), alphas[self._timesteps]]).sqrt()
         self._noises = (1 - self._signals**2).sqrt()
@@ -50,18 +71,21 @@ class Distillation:
         """The average of the student: what is shipped."""
         return self.descent.averaged("unet")
 
+    @property
+    def timesteps(self) -> list[int]:
+        """Those at which the student is asked, the noisiest first."""
+        return [int(timestep) for timestep in self._timesteps[_TEACHER_STEPS - 1 :: _TEACHER_STEPS].flip(0)]
+
     def loss(self, batch: int) -> torch.Tensor:
-        """How far the student's answers at both ends of one solver step lie apart (pseudo-Huber)."""
+        """The squared error of the velocity that leads in one step to where the teacher comes in several."""
         scenes, latent_BCHW = self._data.take(batch, self.descent.rng)
         embedding_BTD = self._embed([loose_caption(scene, self.descent.rng) for scene in scenes])
-        from_B = torch.randint(1, _GRID + 1, (batch,))
+        from_B = _TEACHER_STEPS * torch.randint(1, STEPS + 1, (batch,))
         noisy_BCHW = self._signal(from_B) * latent_BCHW + self._noise(from_B) * torch.randn_like(latent_BCHW)
-        answer_BCHW = self._picture(self._student, noisy_BCHW, from_B, embedding_BTD)
+        velocity_BCHW = self._velocity(self._student, noisy_BCHW, from_B, embedding_BTD)
         with torch.no_grad():
-            nearer_BCHW = self._solve(noisy_BCHW, from_B, embedding_BTD)
-            there_BCHW = self._picture(self._student, nearer_BCHW, (from_B - 1).clamp(min=1), embedding_BTD)
-            target_BCHW = torch.where(from_B[:, None, None, None] == 1, nearer_BCHW, there_BCHW)
-        return ((answer_BCHW - target_BCHW).square() + _HUBER**2).sqrt().mean() - _HUBER
+            target_BCHW = self._target(noisy_BCHW, from_B, embedding_BTD)
+        return F.mse_loss(velocity_BCHW, target_BCHW)
 
     def run(self, *, batch: int = 32) -> list[float]:
         """Trains until the plan ends. Returns the loss of each step."""
@@ -70,23 +94,26 @@ class Distillation:
     def _embed(self, texts: list[str]) -> torch.Tensor:
         return embed(self._teacher.tokenizer, self._teacher.text_encoder, texts)
 
-    def _picture(
+    def _velocity(
         self, unet: UNet2DConditionModel, noisy_BCHW: torch.Tensor, at_B: torch.Tensor, embedding_BTD: torch.Tensor
     ) -> torch.Tensor:
-        """The picture that a network sees in noise."""
-        velocity_BCHW = unet(noisy_BCHW, self._timesteps[at_B - 1], embedding_BTD).sample
-        picture_BCHW: torch.Tensor = self._signal(at_B) * noisy_BCHW - self._noise(at_B) * velocity_BCHW
-        return picture_BCHW
+        velocity_BCHW: torch.Tensor = unet(noisy_BCHW, self._timesteps[at_B - 1], embedding_BTD).sample
+        return velocity_BCHW
+
+    def _target(self, noisy_BCHW: torch.Tensor, from_B: torch.Tensor, embedding_BTD: torch.Tensor) -> torch.Tensor:
+        """The velocity whose one step of DDIM ends where the teacher's several do."""
+        reached_BCHW = noisy_BCHW
+        for step in range(_TEACHER_STEPS):
+            reached_BCHW = self._solve(reached_BCHW, from_B - step, embedding_BTD)
+        to_B = from_B - _TEACHER_STEPS
+        share = self._noise(to_B) / self._noise(from_B)
+        picture_BCHW = (reached_BCHW - share * noisy_BCHW) / (self._signal(to_B) - share * self._signal(from_B))
+        target_BCHW: torch.Tensor = (self._signal(from_B) * noisy_BCHW - picture_BCHW) / self._noise(from_B)
+        return target_BCHW
 
     def _solve(self, noisy_BCHW: torch.Tensor, from_B: torch.Tensor, embedding_BTD: torch.Tensor) -> torch.Tensor:
-        """One step of DDIM down the grid, by the teacher under guidance."""
-        timestep_B = self._timesteps[from_B - 1]
-        unguided_BTD = self._embed([""]).expand_as(embedding_BTD)
-        both = self._guide(
-            noisy_BCHW.repeat(2, 1, 1, 1), timestep_B.repeat(2), torch.cat([unguided_BTD, embedding_BTD])
-        )
-        unguided_BCHW, guided_BCHW = both.sample.chunk(2)
-        velocity_BCHW = unguided_BCHW + TEACHER_GUIDANCE * (guided_BCHW - unguided_BCHW)
+        """One step of DDIM down the grid, by the teacher."""
+        velocity_BCHW = self._velocity(self._guide, noisy_BCHW, from_B, embedding_BTD)
         picture_BCHW = self._signal(from_B) * noisy_BCHW - self._noise(from_B) * velocity_BCHW
         noise_BCHW = self._noise(from_B) * noisy_BCHW + self._signal(from_B) * velocity_BCHW
         nearer_BCHW: torch.Tensor = self._signal(from_B - 1) * picture_BCHW + self._noise(from_B - 1) * noise_BCHW
@@ -99,15 +126,12 @@ class Distillation:
         return self._noises[at_B][:, None, None, None]
 
 
-def make_scheduler() -> LCMScheduler:
-    """The solver of the student, over the teacher's schedule."""
-    return LCMScheduler(**{**NOISE_SCHEDULE, "steps_offset": 1}, original_inference_steps=_GRID)
-
-
 def assemble(teacher: StableDiffusionPipeline, student: UNet2DConditionModel) -> StableDiffusionPipeline:
-    """The pipeline as users get it."""
-    parts = {**teacher.components, "unet": student, "scheduler": make_scheduler()}
-    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    """The pipeline as users get it: the teacher's own solver takes the student's steps."""
+    scheduler = DDIMScheduler.from_config(teacher.scheduler.config)
+    pipe = StableDiffusionPipeline(
+        **{**teacher.components, "unet": student, "scheduler": scheduler}, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -117,9 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.distil", description=__doc__)
     parser.add_argument("--teacher", type=Path, default=Path("models/shapes"))
     parser.add_argument("--folder", type=Path, default=Path("out/training"), help="where the state of trainings is")
-    parser.add_argument("--limit-s", type=float, default=5000, help="CPU seconds of the whole training")
+    parser.add_argument("--limit-s", type=float, default=1800, help="CPU seconds of the whole training")
     parser.add_argument("--run-s", type=float, default=float("inf"), help="CPU seconds of this run")
-    parser.add_argument("--scenes", type=int, default=24000)
+    parser.add_argument("--scenes", type=int, default=16000)
     parser.add_argument("--out", type=Path, default=Path("models/shapes-turbo"))
     options = parser.parse_args()
     torch.set_num_threads(1)
