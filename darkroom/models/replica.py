@@ -83,7 +83,9 @@ class StageReplica:
             lambda model_id: load_part(self.store, model_id, stage, self._device, send=self.send),
             measure=lambda model_id: part_sizes(self.store, model_id, stage, self._device),
         )
-        self._residency = Residency(device_budget_bytes)
+        self.eviction = self.store.eviction
+        """What decides what leaves the device, and what lies behind it."""
+        self._residency = Residency(device_budget_bytes, eviction=self.eviction)
         self._shared: list[OnDemand[Any, Any]] = []
         self._announced: set[str] = set()
         self.share(self._parts)
@@ -174,6 +176,7 @@ class StageReplica:
         if not loras:
             yield {}
             return
+        self._residency.uses(use.lora_id for use in loras)
         adapters = part.beside.get("loras")
         if adapters is None:
             adapters = part.beside["loras"] = Adapters(part, self.store, self._max_lora_bytes)
@@ -182,6 +185,7 @@ class StageReplica:
 
     async def run(self, program: Callable[[], T], ticket: Ticket) -> T:
         """Runs a program in the executor. Cancelling this call ends the program at its next stop. Raises Stalled."""
+        start_s = time.monotonic()
         future, _ = self._executor.submit(program, ticket=ticket)
         work = asyncio.wrap_future(future)
         try:
@@ -191,6 +195,7 @@ class StageReplica:
             return work.result()
         finally:
             work.cancel()
+            self._residency.ran(time.monotonic() - start_s)
 
     async def watch(self) -> None:
         """Until cancelled, looks whether the engine comes back from its forwards. Raises Stalled when it does not.
