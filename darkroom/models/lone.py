@@ -17,7 +17,7 @@ import torch
 
 from darkroom.errors import InvalidRequest, NotFound, Overloaded
 from darkroom.models.loader import NetworkState, network_state
-from darkroom.models.residency import Entry, Residency
+from darkroom.models.residency import Beside, Entry, Residency
 
 _log = structlog.get_logger()
 _MAX_CONFIG_BYTES = 1 << 20
@@ -108,6 +108,10 @@ class OnDemand(Generic[K, T]):
         if self._max_count is not None and len(self._loads) > self._max_count:
             self._forget(next(key for key, other in self._loads.items() if other is not task))
         return await asyncio.shield(task)
+
+    def beside(self, key: K, name: str) -> Beside:
+        """Room for what is kept beside what `get` gave for the key."""
+        return Beside(self.residency, self._entries[key], name)
 
     def _model_ids(self, key: K) -> tuple[str, ...]:
         """What it is made of, by ids in the model store."""

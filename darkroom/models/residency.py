@@ -41,6 +41,32 @@ class Entry:
     is_loaded: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Room on the device for what is kept beside an entry, and goes with it."""
+
+    residency: "Residency"
+    entry: Entry
+    name: str
+
+    def fits(self, size_bytes: int) -> bool:
+        """Whether it may have so many bytes without anything else going."""
+        return self.residency.has_room(self.entry, self.name, size_bytes)
+
+    async def take(self, size_bytes: int) -> None:
+        """Has so many bytes from now on. Raises DeviceFull, and has as many as before."""
+        await self.residency.grow(self.entry, self.name, size_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """What it has."""
+        return self.entry.sizes.get(self.name, 0)
+
+    def release(self) -> None:
+        """Has none any more. May be called from any thread."""
+        self.entry.sizes = {name: size for name, size in self.entry.sizes.items() if name != self.name}
+
+
 @dataclass(slots=True)
 class _Use:
     """What one request uses."""
@@ -105,6 +131,27 @@ class Residency:
         if self.budget_bytes and own_bytes > self.budget_bytes:
             problem = f"it needs {own_bytes} bytes, and the device has {self.budget_bytes} for models"
             raise UnusableModel(entry.name, problem)
+        await self._wait_for_room(entry)
+        if self.budget_bytes:
+            self._entries.append(entry)
+
+    async def grow(self, entry: Entry, name: str, size_bytes: int) -> None:
+        """Counts what is kept beside an entry and goes with it, in place of what has that name. Raises DeviceFull."""
+        before = entry.sizes
+        entry.sizes = {**before, name: size_bytes}
+        try:
+            await self._wait_for_room(entry)
+        except DeviceFull:
+            entry.sizes = before
+            raise
+        self._released.set()  # it may have become smaller
+
+    def has_room(self, entry: Entry, name: str, size_bytes: int) -> bool:
+        """Whether an entry can grow so without anything else going."""
+        total_bytes = _total((*self._entries, entry)) - entry.sizes.get(name, 0) + size_bytes
+        return not self.budget_bytes or total_bytes <= self.budget_bytes
+
+    async def _wait_for_room(self, entry: Entry) -> None:
         deadline_s = time.monotonic() + self._wait_s
         while not self._make_room(entry):
             self._released.clear()
@@ -113,8 +160,6 @@ class Residency:
                     await self._released.wait()
             except TimeoutError:
                 raise DeviceFull(entry.name, _RETRY_AFTER_S) from None
-        if self.budget_bytes:
-            self._entries.append(entry)
 
     def remove(self, entry: Entry) -> None:
         """Counts an entry out: it is gone, or did not come."""
@@ -131,7 +176,7 @@ class Residency:
             return True
         going: list[Entry] = []
         while (needed := _total((*self._without(going), entry)) - self.budget_bytes) > 0:
-            chosen = self._chosen(going, needed)
+            chosen = self._chosen([*going, entry], needed)
             if not chosen:
                 return False
             going += chosen
