@@ -128,6 +128,12 @@ class Adapters:
             raise
         return Combination(self.part, self._networks, scaled)
 
+    def close(self) -> None:
+        """Lets go of the part's memory, whoever still points here; its LoRAs are not drawn with any more."""
+        for network in self._networks.values():
+            network.close()
+        self._networks.clear()
+
     def _hold(self, lora_id: str) -> _Kept:
         kept = self._kept.get(lora_id)
         if kept is None:

@@ -136,6 +136,10 @@ class StageReplica:
 
     def _announce_dropped(self, dropped: LoneNetwork | Part) -> None:
         self._announced.discard(dropped.model_id)
+        if isinstance(dropped, Part):
+            adapters = dropped.beside.pop("loras", None)
+            if adapters:
+                adapters.close()
         if self.on_dropped:
             self.on_dropped(dropped.model_id)
         if self.on_loaded:

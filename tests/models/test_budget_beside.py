@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,20 @@ async def test_requests_at_once_with_loras_of_their_own_are_all_counted(store: P
     replica = _replica(store, _part_bytes(store) + 2 * lora_bytes)
     await asyncio.gather(*[_draw(replica, "tiny-sd", name) for name in ("ink", "chalk", "ink", "chalk")])
     assert _counted(replica) == _part_bytes(store) + 2 * lora_bytes
+    replica.close()
+
+
+async def test_a_model_that_had_a_lora_frees_its_memory_when_it_leaves(store: Path) -> None:
+    replica = _replica(store, _part_bytes(store) + await _lora_bytes(store))
+    await _draw(replica, "tiny-sd", "ink")
+    weight = weakref.ref(next(replica.state().parts[0].networks["unet"].parameters()))
+    gc.collect()
+    gc.disable()
+    try:
+        await _draw(replica, "other")
+        assert weight() is None
+    finally:
+        gc.enable()
     replica.close()
 
 

@@ -1,11 +1,12 @@
 """What leaves a process's tiers: by worth or by age, with what is pinned, measured and said of the cluster."""
 
 import threading
+from typing import get_args
 
 from darkroom.policy.appraisal import Asked
 from darkroom.policy.eviction import Resident
 from darkroom.policy.worth import Tier
-from darkroom.store.evicting import Eviction
+from darkroom.store.evicting import Eviction, EvictionKind
 
 
 class Hand:
@@ -36,13 +37,14 @@ def test_what_nobody_asked_for_goes_by_age() -> None:
 
 
 def test_what_is_asked_for_stays_whenever_it_was_used_and_by_age_it_goes() -> None:
-    for kind, expected in (("worth", ["b"]), ("lru", ["a"])):
-        eviction = Eviction(kind, clock=Hand())  # type: ignore[arg-type]
+    expected: dict[EvictionKind, list[str]] = {"worth": ["b"], "lru": ["a"]}
+    for kind, going in expected.items():
+        eviction = Eviction(kind, clock=Hand())
         for _ in range(5):
             eviction.ran({"a"}, 1.0)
         eviction.ran({"b"}, 1.0)
         for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK):
-            assert eviction.of(tier, nothing)(held("a", "b"), 1) == expected
+            assert eviction.of(tier, nothing)(held("a", "b"), 1) == going
 
 
 def test_what_models_share_outlives_what_they_do_not() -> None:
@@ -54,8 +56,8 @@ def test_what_models_share_outlives_what_they_do_not() -> None:
 
 
 def test_what_is_pinned_stays_and_what_it_shares_too() -> None:
-    for kind in ("worth", "lru"):
-        eviction = Eviction(kind)  # type: ignore[arg-type]
+    for kind in get_args(EvictionKind):
+        eviction = Eviction(kind)
         evict = eviction.of(Tier.HOST, nothing)
         eviction.pin({"a"})
         assert evict(held("a", "ab", "b"), 1000e6) == ["b"]
