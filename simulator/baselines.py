@@ -3,14 +3,14 @@
 import bisect
 from collections.abc import Callable, Sequence
 
+from darkroom.policy.eviction import Evict, Resident, enough
 from simulator.cluster import Cluster
 from simulator.costs import PRODUCTION, Loader, Work
-from simulator.shelf import ROUNDING, Evict, Item
 from simulator.worker import REMOTE, Job, Worker
 from simulator.workload import Request
 
 Choose = Callable[["Baseline", Request], Worker]
-Order = Callable[["Baseline", int, Item], float]
+Order = Callable[["Baseline", int, Resident], float]
 
 
 class Baseline:
@@ -36,14 +36,9 @@ class Baseline:
         """What decides on a tier of a worker."""
         del tier
 
-        def in_order(items: Sequence[Item], needed: float, _now_s: float) -> list[str]:
-            going: list[str] = []
-            for item in sorted(items, key=lambda item: (self._order(self, worker_id, item), item.used_s)):
-                if needed <= ROUNDING:
-                    break
-                going.append(item.name)
-                needed -= item.size
-            return going
+        def in_order(residents: Sequence[Resident], needed: float) -> list[str]:
+            ordered = sorted(residents, key=lambda r: (self._order(self, worker_id, r), r.used_s))
+            return [resident.name for resident in enough(ordered, needed)]
 
         return in_order
 
@@ -89,21 +84,21 @@ def locality(system: Baseline, request: Request) -> Worker:
     return min(system.cluster.workers, key=lambda w: (system.finish_s(w, request), rng.random()))
 
 
-def by_recency(system: Baseline, worker_id: int, item: Item) -> float:
+def by_recency(system: Baseline, worker_id: int, item: Resident) -> float:
     """LRU."""
     del system, worker_id
     return item.used_s
 
 
-def by_count(system: Baseline, worker_id: int, item: Item) -> float:
+def by_count(system: Baseline, worker_id: int, item: Resident) -> float:
     """LFU: requests so far, over all workers."""
     del worker_id
     return system.counts.get(item.name, 0)
 
 
-def by_popularity(system: Baseline, worker_id: int, item: Item) -> float:
+def by_popularity(system: Baseline, worker_id: int, item: Resident) -> float:
     """Requests so far per size, whatever its load costs and however many copies there are."""
-    return by_count(system, worker_id, item) / item.size
+    return by_count(system, worker_id, item) / item.size_bytes
 
 
 class Future:
@@ -121,7 +116,7 @@ class Future:
         place = bisect.bisect_right(arrivals, now_s)
         return arrivals[place] if place < len(arrivals) else float("inf")
 
-    def __call__(self, system: Baseline, worker_id: int, item: Item) -> float:
+    def __call__(self, system: Baseline, worker_id: int, item: Resident) -> float:
         """The order of eviction."""
         del worker_id
         return -self.next_s(item.name, system.cluster.clock.now_s)

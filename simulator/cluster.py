@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from darkroom.policy.eviction import Evict
 from simulator.clock import Clock
 from simulator.costs import Loader, Sizes, Work
 from simulator.links import Link
-from simulator.shelf import Evict
 from simulator.worker import Job, Worker
 from simulator.workload import Request
 

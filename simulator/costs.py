@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+from darkroom.policy.worth import LoadTimes
 from simulator.workload import Request
 
 _SPREAD = 0.17
@@ -20,15 +21,9 @@ _BASE_BYTES = 6.9e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loader:
-    """How fast a node brings a component from tier to tier, alone on its links. Seconds for a median base."""
+class Loader(LoadTimes):
+    """How a node brings components to its device. Seconds for a median base."""
 
-    network_s: float
-    """From the remote store to the node."""
-    disk_s: float
-    """From the node's disk to usable tensors in host memory."""
-    bus_s: float
-    """From host memory to the device."""
     attach_s: float
     """What a LoRA costs beside its bytes: parsing, and putting it on the base."""
     is_streaming: bool

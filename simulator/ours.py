@@ -1,21 +1,20 @@
 """Darkroom's own policies, as its services run them, on simulated workers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from darkroom.policy.eviction import Resident, least_recent, least_valuable
+from darkroom.policy.eviction import Evict, Resident, least_recent, least_valuable
 from darkroom.policy.placement import Candidate, choose_replica
 from darkroom.policy.plan import Node, PlanConfig, plan_moves
 from darkroom.policy.popularity import WINDOWS_S, Popularity
 from darkroom.policy.prefetch import BanditConfig
-from darkroom.policy.worth import LoadTimes, Tier, Worth, WorthConfig
+from darkroom.policy.worth import Tier, Worth, WorthConfig
 from simulator.baselines import Future
 from simulator.cluster import Cluster
 from simulator.costs import DIRECT, Loader, Work
 from simulator.habits import Habits
 from simulator.merging import Merging
-from simulator.shelf import Evict, Item
 from simulator.worker import DEVICE, Job, Worker
 from simulator.workload import Request
 
@@ -51,8 +50,7 @@ class Darkroom:
     def __init__(self, config: DarkroomConfig, requests: Sequence[Request]) -> None:
         self.loader, self.work, self.max_images = config.loader, config.work, config.max_images
         self._config, self._left, self._future = config, len(requests), Future(requests)
-        times = LoadTimes(network_s=config.loader.network_s, disk_s=config.loader.disk_s, bus_s=config.loader.bus_s)
-        self._worth = Worth(Popularity(config.windows_s), times, config.worth)
+        self._worth = Worth(Popularity(config.windows_s), config.loader, config.worth)
         self._free_s: dict[int, float] = {}
         self._asked: dict[str, float] = {}
         self._habits: Habits | None = None
@@ -83,20 +81,21 @@ class Darkroom:
     def evict(self, tier: int, worker_id: int) -> Evict:
         """What decides on a tier of a worker."""
 
-        def by_worth(items: Sequence[Item], needed: float, now_s: float) -> list[str]:
-            how = self._config.eviction
-            residents = [
-                Resident(
-                    name=item.name,
-                    size_bytes=item.size,
-                    used_s=-self._future.next_s(item.name, now_s) if how == "future" else item.used_s,
-                    value_s=self._value_s(worker_id, item, Tier(tier), now_s),
-                )
-                for item in items
-            ]
-            return (least_valuable if how == "worth" else least_recent)(residents, needed)
+        def by_worth(residents: Sequence[Resident], needed: float) -> list[str]:
+            now_s = self._cluster.clock.now_s
+            return least_valuable(
+                [
+                    replace(r, value_s=self._value_s(worker_id, r.name, r.size_bytes, Tier(tier), now_s))
+                    for r in residents
+                ],
+                needed,
+            )
 
-        return by_worth
+        def by_future(residents: Sequence[Resident], needed: float) -> list[str]:
+            now_s = self._cluster.clock.now_s
+            return least_recent([replace(r, used_s=-self._future.next_s(r.name, now_s)) for r in residents], needed)
+
+        return {"worth": by_worth, "recency": least_recent, "future": by_future}[self._config.eviction]
 
     def rewritten(self, request: Request) -> Request:
         """The request as workers get it: for a pair that is kept merged, without its LoRAs."""
@@ -130,7 +129,7 @@ class Darkroom:
             for item in worker.shelves[DEVICE].items.values():
                 if item.name not in self._asked:
                     continue  # a LoRA: next to nothing
-                displaced_s += self._value_s(worker.worker_id, item, Tier.DEVICE, now_s)
+                displaced_s += self._value_s(worker.worker_id, item.name, item.size, Tier.DEVICE, now_s)
         return Candidate(
             replica_id=f"{worker.worker_id:03}",
             queue_s=max(self._free_s[worker.worker_id] - now_s, 0.0),
@@ -140,13 +139,13 @@ class Darkroom:
             displaced_s=self._config.displaced_weight * displaced_s,
         )
 
-    def _value_s(self, worker_id: int, item: Item, tier: Tier, now_s: float) -> float:
+    def _value_s(self, worker_id: int, name: str, size: float, tier: Tier, now_s: float) -> float:
         """Of the copy that a worker would drop."""
         shelves = self._cluster.workers[worker_id].shelves
-        kept = [other for other in _HELD if other != tier and item.name in shelves[other]]
-        others = self._cluster.holders[tier][item.name] - 1
-        missed = self._worth.missed_share(item.name, tier, others, now_s)
-        return item.size * missed * self._worth.times.back_s(tier, kept)
+        kept = [other for other in _HELD if other != tier and name in shelves[other]]
+        others = self._cluster.holders[tier][name] - 1
+        missed = self._worth.missed_share(name, tier, others, now_s)
+        return size * missed * self._worth.times.back_s(tier, kept)
 
     def _plan(self) -> None:
         if not self._left:

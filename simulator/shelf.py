@@ -1,8 +1,9 @@
 """What a tier of a node holds, within its bound."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+
+from darkroom.policy.eviction import Evict, Resident
 
 ROUNDING = 1e-9
 """Sizes that differ by less are equal."""
@@ -17,10 +18,6 @@ class Item:
     used_s: float
     use_count: int = 0
     """Requests and loads that need it to stay."""
-
-
-Evict = Callable[[Sequence[Item], float, float], Iterable[str]]
-"""Items that may go, how much room is needed, and the time: the names of those that go, the first first."""
 
 
 class Shelf:
@@ -50,14 +47,14 @@ class Shelf:
         if found:
             found.used_s = now_s
             return found
-        if not self.make_room(size, now_s):
+        if not self.make_room(size):
             return None
         item = self.items[name] = Item(name, size, now_s)
         self._holders[name] += 1
         self.taken += size
         return item
 
-    def make_room(self, size: float, now_s: float) -> bool:
+    def make_room(self, size: float) -> bool:
         """Drops what the policy gives up until `size` fits. False, and nothing dropped, if it cannot."""
         needed = self.taken + size - self.room
         if needed <= ROUNDING:
@@ -65,7 +62,8 @@ class Shelf:
         idle = [item for item in self.items.values() if not item.use_count]
         if sum(item.size for item in idle) < needed - ROUNDING:
             return False
-        for name in self._evict(idle, needed, now_s):
+        residents = [Resident(name=item.name, size_bytes=item.size, used_s=item.used_s) for item in idle]
+        for name in self._evict(residents, needed):
             needed -= self.items[name].size
             self.drop(name)
             if needed <= ROUNDING:

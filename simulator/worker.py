@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from darkroom.policy.eviction import Evict
 from simulator.clock import Action, Clock
 from simulator.costs import Loader, Sizes, Work
 from simulator.device import OneByOne, Together
 from simulator.links import Link, Transfer
-from simulator.shelf import Evict, Item, Shelf
+from simulator.shelf import Item, Shelf
 from simulator.workload import LoraUse, Request
 
 TIERS = ("device", "host", "disk", "remote")

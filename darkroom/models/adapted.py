@@ -109,6 +109,13 @@ class AdaptedNetwork:
                     layer.forward = AdaptedLayer(self, name, layer)
             self._tree = tree
 
+    def close(self) -> None:
+        """Unmakes the copy: its layers and what looks for their additions hold each other."""
+        with self._making:
+            for layer in self._tree.modules() if self._tree else ():
+                layer.__dict__.pop("forward", None)
+            self._tree = None
+
     def run(self, entry: Entry, spans: Sequence[_Span], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Calls the copy by `entry`, each span of rows with its own additions. Raises Unmixable."""
         with self._running:

@@ -24,6 +24,7 @@ from darkroom.models.forwards import Adapter, carrying
 from darkroom.models.loader import Part
 from darkroom.models.lora import KEPT_SCALES, Lora, read_lora
 from darkroom.models.lora_file import Refused, Unfit
+from darkroom.models.residency import Beside
 from darkroom.models.store.model_store import ModelStore
 from darkroom.store.header import MAX_HEADER_BYTES
 from darkroom.wire.tasks import LoraUse
@@ -85,7 +86,7 @@ class Combination:
         self.release()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Adapters:
     """The LoRAs of one part. Its methods are called on one event loop."""
 
@@ -93,8 +94,11 @@ class Adapters:
     store: Path | ModelStore
     max_bytes: int = 2 << 30
     """Of all LoRAs together, as they are in memory."""
+    room: Beside | None = None
+    """On the device, which others have to share."""
     _kept: OrderedDict[str, _Kept] = field(default_factory=OrderedDict)
     _networks: dict[str, AdaptedNetwork] = field(default_factory=dict)
+    _taking: asyncio.Lock = field(default_factory=asyncio.Lock)
     _reading: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_CONCURRENT_READS))
 
     def resident(self) -> dict[str, int]:
@@ -104,8 +108,8 @@ class Adapters:
     async def load(self, uses: Sequence[LoraUse]) -> Combination:
         """The combination of these LoRAs, read from the store where they are not here; concurrent reads are one.
 
-        Raises LoraNotFound, InvalidField for one that is not for this model, UnusableLora for a bad file, QueueFull if
-        running requests hold all the room there is.
+        Raises LoraNotFound, InvalidField for one that is not for this model, UnusableLora for a bad file, QueueFull or
+        DeviceFull if running requests hold all the room there is.
         """
         _check(uses)
         held = [(self._hold(use.lora_id), use.scale) for use in uses]
@@ -113,14 +117,22 @@ class Adapters:
             for position, (use, (kept, _)) in enumerate(zip(uses, held, strict=True)):
                 with _named(position, use.lora_id):
                     await asyncio.shield(kept.task)
-            self._make_room()
+            await self._make_room()
             scaled = [(kept, await self._scaled(kept, scale)) for kept, scale in held]
         except BaseException:
             for kept, _ in held:
                 kept.holder_count -= 1
-            self._drop_unheld()
+            self._drop_unheld(self.max_bytes)
+            if self.room:
+                self._drop_unheld(self.room.size_bytes)
             raise
         return Combination(self.part, self._networks, scaled)
+
+    def close(self) -> None:
+        """Lets go of the part's memory, whoever still points here; its LoRAs are not drawn with any more."""
+        for network in self._networks.values():
+            network.close()
+        self._networks.clear()
 
     def _hold(self, lora_id: str) -> _Kept:
         kept = self._kept.get(lora_id)
@@ -162,16 +174,26 @@ class Adapters:
                 kept.factors.popitem(last=False)
             return Scaled(lora, scale, kept.factors[scale])
 
-    def _make_room(self) -> None:
-        """Raises QueueFull if there is no room even without what nobody holds."""
-        if self._drop_unheld() > self.max_bytes:
+    async def _make_room(self) -> None:
+        """Raises QueueFull or DeviceFull if there is no room even without what nobody holds."""
+        if self._drop_unheld(self.max_bytes) > self.max_bytes:
             raise QueueFull(str(sum(kept.holder_count for kept in self._kept.values()) - 1), _RETRY_AFTER_S)
+        if self.room is None:
+            return
+        async with self._taking:
+            total_bytes = self._total_bytes()
+            while not self.room.fits(total_bytes) and (left := self._drop_unheld(total_bytes - 1)) < total_bytes:
+                total_bytes = left
+            await self.room.take(total_bytes)
 
-    def _drop_unheld(self) -> int:
+    def _total_bytes(self) -> int:
+        return sum(kept.size_bytes for kept in self._kept.values())
+
+    def _drop_unheld(self, limit_bytes: int) -> int:
         """Drops what nobody holds, least recently used first, until the rest fits. Returns the bytes of the rest."""
-        total_bytes = sum(kept.size_bytes for kept in self._kept.values())
+        total_bytes = self._total_bytes()
         for lora_id, kept in list(self._kept.items()):
-            if total_bytes <= self.max_bytes:
+            if total_bytes <= limit_bytes:
                 break
             if not kept.holder_count and kept.size_bytes:
                 total_bytes -= kept.size_bytes

@@ -89,6 +89,9 @@ class IpAdapters(OnDemand[tuple[str, tuple[str, ...]], Part]):
         self._plain.pop(model_id, None)
         self.forget(lambda key: key[0] == model_id)
 
+    def _model_ids(self, key: tuple[str, tuple[str, ...]]) -> tuple[str, ...]:
+        return (key[0], *key[1])
+
     def _make(self, key: tuple[str, tuple[str, ...]]) -> Part:
         model_id, adapter_ids = key
         return with_ip_adapters(self._plain[model_id], self._store, adapter_ids, self._send)

@@ -17,7 +17,7 @@ import torch
 
 from darkroom.errors import InvalidRequest, NotFound, Overloaded
 from darkroom.models.loader import NetworkState, network_state
-from darkroom.models.residency import Entry, Residency
+from darkroom.models.residency import Beside, Entry, Residency
 
 _log = structlog.get_logger()
 _MAX_CONFIG_BYTES = 1 << 20
@@ -100,7 +100,7 @@ class OnDemand(Generic[K, T]):
         """
         task = self._loads.pop(key, None)
         if task is None:
-            self._entries[key] = Entry(_named(key), lambda: self._drop(key))
+            self._entries[key] = Entry(str(key), lambda: self._drop(key), models=self._model_ids(key))
             task = asyncio.create_task(self._loaded(key))
             task.add_done_callback(lambda task: task.cancelled() or task.exception())  # all callers may have left
         self._loads[key] = task  # the last of all
@@ -108,6 +108,14 @@ class OnDemand(Generic[K, T]):
         if self._max_count is not None and len(self._loads) > self._max_count:
             self._forget(next(key for key, other in self._loads.items() if other is not task))
         return await asyncio.shield(task)
+
+    def beside(self, key: K, name: str) -> Beside:
+        """Room for what is kept beside what `get` gave for the key."""
+        return Beside(self.residency, self._entries[key], name)
+
+    def _model_ids(self, key: K) -> tuple[str, ...]:
+        """What it is made of, by ids in the model store."""
+        return (str(key),)
 
     def __contains__(self, key: K) -> bool:
         """Whether it is here, or on its way."""
@@ -148,12 +156,8 @@ class OnDemand(Generic[K, T]):
             level = "info" if isinstance(error, InvalidRequest | NotFound | Overloaded) else "error"
             getattr(_log, level)("load_failed", model_id=key, problem=str(error), cause=repr(error.__cause__))
             raise
-        entry.load_s, entry.is_loaded = time.monotonic() - start_s, True
-        _log.info("loaded", model_id=key, load_s=round(entry.load_s, 3))
+        entry.is_loaded = True
+        _log.info("loaded", model_id=key, load_s=round(time.monotonic() - start_s, 3))
         if self.on_loaded:
             await self.on_loaded(made)
         return made
-
-
-def _named(key: Hashable) -> str:
-    return key if isinstance(key, str) else str(key)

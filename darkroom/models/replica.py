@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class StageReplica:
         """`max_running`: requests accepted at once; `slot_count`: those of them that are on the device.
 
         `max_batch_rows`: rows of a batch; `thread_count`: of torch; `max_lora_bytes`: of each part's LoRAs together;
-        `device_budget_bytes`: of all else that is loaded, 0 for no bound. Called inside an event loop.
+        `device_budget_bytes`: of all that is loaded, 0 for no bound. Called inside an event loop.
         """
         self.replica_id, self.stage = replica_id, stage
         self._device = torch.device(device)
@@ -83,7 +84,9 @@ class StageReplica:
             lambda model_id: load_part(self.store, model_id, stage, self._device, send=self.send),
             measure=lambda model_id: part_sizes(self.store, model_id, stage, self._device),
         )
-        self._residency = Residency(device_budget_bytes)
+        self.eviction = self.store.eviction
+        """What decides what leaves the device, and what lies behind it."""
+        self._residency = Residency(device_budget_bytes, eviction=self.eviction)
         self._shared: list[OnDemand[Any, Any]] = []
         self._announced: set[str] = set()
         self.share(self._parts)
@@ -133,6 +136,10 @@ class StageReplica:
 
     def _announce_dropped(self, dropped: LoneNetwork | Part) -> None:
         self._announced.discard(dropped.model_id)
+        if isinstance(dropped, Part):
+            adapters = dropped.beside.pop("loras", None)
+            if adapters:
+                adapters.close()
         if self.on_dropped:
             self.on_dropped(dropped.model_id)
         if self.on_loaded:
@@ -169,19 +176,27 @@ class StageReplica:
     async def adapted(self, part: Part, loras: Sequence[LoraUse]) -> AsyncIterator[Mapping[str, torch.nn.Module]]:
         """Stand-ins that draw with these LoRAs, by component, held while inside; read beside whatever runs.
 
-        Raises LoraNotFound, InvalidField, UnusableLora or QueueFull.
+        Raises LoraNotFound, InvalidField, UnusableLora, QueueFull or DeviceFull.
         """
         if not loras:
             yield {}
             return
+        self._residency.uses(use.lora_id for use in loras)
         adapters = part.beside.get("loras")
         if adapters is None:
-            adapters = part.beside["loras"] = Adapters(part, self.store, self._max_lora_bytes)
+            adapters = part.beside["loras"] = self._adapters_of(part)
         with await adapters.load(loras) as combination:
             yield combination.stand_ins()
 
+    def _adapters_of(self, part: Part) -> Adapters:
+        room = self._parts.beside(part.model_id, f"loras {id(part)}")  # with IP-Adapters, it is a part of its own
+        adapters = Adapters(part, self.store, self._max_lora_bytes, room)
+        weakref.finalize(adapters, room.release).atexit = False
+        return adapters
+
     async def run(self, program: Callable[[], T], ticket: Ticket) -> T:
         """Runs a program in the executor. Cancelling this call ends the program at its next stop. Raises Stalled."""
+        start_s = time.monotonic()
         future, _ = self._executor.submit(program, ticket=ticket)
         work = asyncio.wrap_future(future)
         try:
@@ -191,6 +206,7 @@ class StageReplica:
             return work.result()
         finally:
             work.cancel()
+            self._residency.ran(time.monotonic() - start_s)
 
     async def watch(self) -> None:
         """Until cancelled, looks whether the engine comes back from its forwards. Raises Stalled when it does not.

@@ -7,14 +7,16 @@ All of it runs on one event loop.
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import structlog
 
 from darkroom.errors import DeviceFull, UnusableModel
-from darkroom.store.residents import Evict, Resident, least_recently_used
+from darkroom.policy.eviction import Resident
+from darkroom.policy.worth import Tier
+from darkroom.store.evicting import Eviction
 
 _log = structlog.get_logger()
 _WAIT_S = 10.0
@@ -32,42 +34,96 @@ class Entry:
     """Lets it go."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Bytes of each of its components: those of one name are there once, whoever else has them."""
-    load_s: float = 0.0
-    last_use_s: float = field(default_factory=time.monotonic)
+    models: tuple[str, ...] = ()
+    """Ids in the model store of what it is made of."""
+    used_s: float = field(default_factory=time.monotonic)
     holder_count: int = 0
     is_loaded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Room on the device for what is kept beside an entry, and goes with it."""
+
+    residency: "Residency"
+    entry: Entry
+    name: str
+
+    def fits(self, size_bytes: int) -> bool:
+        """Whether it may have so many bytes without anything else going."""
+        return self.residency.has_room(self.entry, self.name, size_bytes)
+
+    async def take(self, size_bytes: int) -> None:
+        """Has so many bytes from now on. Raises DeviceFull, and has as many as before."""
+        await self.residency.grow(self.entry, self.name, size_bytes)
+
+    @property
+    def size_bytes(self) -> int:
+        """What it has."""
+        return self.entry.sizes.get(self.name, 0)
+
+    def release(self) -> None:
+        """Has none any more. May be called from any thread."""
+        self.entry.sizes = {name: size for name, size in self.entry.sizes.items() if name != self.name}
+
+
+@dataclass(slots=True)
+class _Use:
+    """What one request uses."""
+
+    entries: list[Entry] = field(default_factory=list)
+    models: set[str] = field(default_factory=set)
+    run_s: float | None = None
+    """How long it ran so far; None until it does."""
 
 
 class Residency:
     """The entries of one replica."""
 
-    def __init__(self, budget_bytes: int = 0, *, evict: Evict = least_recently_used, wait_s: float = _WAIT_S) -> None:
-        """`budget_bytes`: of all entries together; 0 bounds nothing."""
-        self.budget_bytes, self._evict, self._wait_s = budget_bytes, evict, wait_s
+    def __init__(self, budget_bytes: int = 0, *, eviction: Eviction | None = None, wait_s: float = _WAIT_S) -> None:
+        """`budget_bytes`: of all entries together; 0 bounds nothing. `eviction` hears what requests use."""
+        self.budget_bytes, self._wait_s = budget_bytes, wait_s
+        self._eviction = eviction or Eviction()
+        self._evict = self._eviction.of(Tier.DEVICE, self._held_bytes)
         self._entries: list[Entry] = []
         self._released = asyncio.Event()
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
         """Whatever is asked for inside, by this task and those that it starts, stays until the end."""
-        before, held = _held.get(), list[Entry]()
-        _held.set(held)
+        before, use = _using.get(), _Use()
+        _using.set(use)
         try:
             yield
         finally:
-            _held.set(before)
-            for entry in held:
+            _using.set(before)
+            for entry in use.entries:
                 entry.holder_count -= 1
-                entry.last_use_s = time.monotonic()
+                entry.used_s = time.monotonic()
+            if use.run_s is not None:
+                self._eviction.ran(use.models, use.run_s)
             self._released.set()
 
     def hold(self, entry: Entry) -> None:
         """Holds an entry for whoever is inside `holding`; for nobody outside."""
-        entry.last_use_s = time.monotonic()
-        held = _held.get()
-        if held is not None:
-            held.append(entry)
+        entry.used_s = time.monotonic()
+        use = _using.get()
+        if use is not None:
+            use.entries.append(entry)
+            use.models.update(entry.models)
             entry.holder_count += 1
+
+    def uses(self, model_ids: Iterable[str]) -> None:
+        """Notes what else of the model store whoever is inside `holding` uses."""
+        use = _using.get()
+        if use is not None:
+            use.models.update(model_ids)
+
+    def ran(self, seconds: float) -> None:
+        """Notes for how long whoever is inside `holding` has kept the device busy."""
+        use = _using.get()
+        if use is not None:
+            use.run_s = (use.run_s or 0.0) + seconds
 
     async def admit(self, entry: Entry) -> None:
         """Makes room for an entry and counts it in. Raises UnusableModel if it can never fit, or DeviceFull."""
@@ -75,6 +131,27 @@ class Residency:
         if self.budget_bytes and own_bytes > self.budget_bytes:
             problem = f"it needs {own_bytes} bytes, and the device has {self.budget_bytes} for models"
             raise UnusableModel(entry.name, problem)
+        await self._wait_for_room(entry)
+        if self.budget_bytes:
+            self._entries.append(entry)
+
+    async def grow(self, entry: Entry, name: str, size_bytes: int) -> None:
+        """Counts what is kept beside an entry and goes with it, in place of what has that name. Raises DeviceFull."""
+        before = entry.sizes
+        entry.sizes = {**before, name: size_bytes}
+        try:
+            await self._wait_for_room(entry)
+        except DeviceFull:
+            entry.sizes = before
+            raise
+        self._released.set()  # it may have become smaller
+
+    def has_room(self, entry: Entry, name: str, size_bytes: int) -> bool:
+        """Whether an entry can grow so without anything else going."""
+        total_bytes = _total((*self._entries, entry)) - entry.sizes.get(name, 0) + size_bytes
+        return not self.budget_bytes or total_bytes <= self.budget_bytes
+
+    async def _wait_for_room(self, entry: Entry) -> None:
         deadline_s = time.monotonic() + self._wait_s
         while not self._make_room(entry):
             self._released.clear()
@@ -83,8 +160,6 @@ class Residency:
                     await self._released.wait()
             except TimeoutError:
                 raise DeviceFull(entry.name, _RETRY_AFTER_S) from None
-        if self.budget_bytes:
-            self._entries.append(entry)
 
     def remove(self, entry: Entry) -> None:
         """Counts an entry out: it is gone, or did not come."""
@@ -92,38 +167,40 @@ class Residency:
             self._entries.remove(entry)
             self._released.set()
 
+    def _held_bytes(self, model_id: str) -> int:
+        return sum(sum(entry.sizes.values()) for entry in list(self._entries) if model_id in entry.models)
+
     def _make_room(self, entry: Entry) -> bool:
         """Drops idle entries until this one fits. False, and nothing dropped, if it would not even then."""
         if not self.budget_bytes:
             return True
-        idle = [other for other in self._entries if other.is_loaded and not other.holder_count]
-        busy = [other for other in self._entries if other not in idle]
-        if _total((*busy, entry)) > self.budget_bytes:
-            return False
-        while (needed := _total((*self._entries, entry)) - self.budget_bytes) > 0:
-            names = {str(number): other for number, other in enumerate(idle)}
-            residents = [
-                Resident(
-                    name=name,
-                    size_bytes=sum(other.sizes.values()),
-                    load_s=other.load_s,
-                    last_use_s=other.last_use_s,
-                )
-                for name, other in names.items()
-            ]
-            chosen = self._evict(residents, needed, time.monotonic()) or [*names]
-            for name in chosen:
-                dropped = names[name]
-                idle.remove(dropped)
-                self._entries.remove(dropped)
-                dropped.drop()
-                _log.info(
-                    "dropped", model_id=dropped.name, size_bytes=sum(dropped.sizes.values()), for_model=entry.name
-                )
+        going: list[Entry] = []
+        while (needed := _total((*self._without(going), entry)) - self.budget_bytes) > 0:
+            chosen = self._chosen([*going, entry], needed)
+            if not chosen:
+                return False
+            going += chosen
+        for dropped in going:
+            self._entries.remove(dropped)
+            dropped.drop()
+            size_bytes = sum(dropped.sizes.values())
+            _log.info("dropped", model_id=dropped.name, size_bytes=size_bytes, for_model=entry.name)
         return True
 
+    def _without(self, going: Collection[Entry]) -> list[Entry]:
+        return [entry for entry in self._entries if entry not in going]
 
-_held: ContextVar[list[Entry] | None] = ContextVar("held", default=None)
+    def _chosen(self, going: Collection[Entry], needed_bytes: int) -> list[Entry]:
+        """More entries that may go besides those: what shares components frees less than its size."""
+        idle = [e for e in self._without(going) if e.is_loaded and not e.holder_count and any(e.sizes.values())]
+        residents = [
+            Resident(name=str(number), size_bytes=sum(each.sizes.values()), used_s=each.used_s, models=each.models)
+            for number, each in enumerate(idle)
+        ]
+        return [idle[int(name)] for name in self._evict(residents, needed_bytes)]
+
+
+_using: ContextVar[_Use | None] = ContextVar("using", default=None)
 
 
 def _total(entries: Iterable[Entry]) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from darkroom.models.building import Unhandled, build, weights_files
 from darkroom.models.store.device import to_device
 from darkroom.models.store.host import HostFile, merged, uses
 from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.policy.worth import Tier
 from darkroom.store.header import read_header
 
 _log = structlog.get_logger()
@@ -63,11 +65,21 @@ def load_network(
     `on_read` is called when they are in memory, and the rest of the work begins.
     """
     store, dtype = store or store_of(folder.parent.parent), running_dtype(folder, device)
-    network, files = _built(kind, folder, dtype, store, on_read)
+    read_s = time.monotonic()
+
+    def note_read() -> None:
+        nonlocal read_s
+        read_s = time.monotonic()
+        on_read()
+
+    network, files = _built(kind, folder, dtype, store, note_read)
     if getattr(network.config, "force_upcast", False) and network.dtype is torch.float16:
         # pipelines would cast it to and fro around each request, under the feet of the others
         network = network.float()
     network = to_device(network.eval().requires_grad_(requires_grad=False), device)
+    if files:
+        size_bytes = sum(file.header.size_bytes for file in files)
+        store.eviction.loaded(Tier.DEVICE, size_bytes, time.monotonic() - read_s)
     if uses(network, files):  # others that have the same files share them while this one lives
         network.__dict__["host_files"] = files
     return network

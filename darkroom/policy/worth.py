@@ -29,14 +29,14 @@ class Tier(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadTimes:
-    """Seconds that a byte takes from tier to tier on a node."""
+    """Seconds that a byte, or whatever sizes are counted in, takes from tier to tier on a node, alone on its links."""
 
     network_s: float
     """From the remote store."""
     disk_s: float
     """From the node's disk to host memory."""
     bus_s: float
-    """From host memory to the device."""
+    """From host memory to a network on the device."""
 
     def prepare_s(self, tier: Tier) -> float:
         """Per byte, until it is in host memory; bytes from afar are not read from disk again."""
@@ -100,8 +100,13 @@ class Worth:
         key = (name, tier, others)
         known = self._missed.get(key)
         if known is None or now_s - known[0] > _AGE_S:
-            rate = self._config.burst * self.popularity.rate(name, now_s)
-            busy = rate * self._run_s.get(name, 0.0)
-            missed = blocked_share(others, busy) - blocked_share(others + 1, busy)
-            known = self._missed[key] = (now_s, reuse_probability(rate * missed, self._config.horizons_s[tier]))
+            rate, run_s = self.popularity.rate(name, now_s), self._run_s.get(name, 0.0)
+            known = self._missed[key] = (now_s, self.missed_share_at(rate, run_s, tier, others))
         return known[1]
+
+    def missed_share_at(self, rate: float, run_s: float, tier: Tier, others: int) -> float:
+        """The same of a model that is asked for so often, by requests of so many seconds."""
+        rate *= self._config.burst
+        busy = rate * run_s
+        missed = blocked_share(others, busy) - blocked_share(others + 1, busy)
+        return reuse_probability(rate * missed, self._config.horizons_s[tier])

@@ -16,6 +16,7 @@ import grpc
 
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.processes import Child, Supervisor, etcd_program, free_port
+from darkroom.store.evicting import EvictionKind
 from darkroom.store.opening import DEFAULT_CACHE, absolute, check_store
 from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, stage_pb2
 
@@ -42,6 +43,8 @@ class ClusterConfig:
     """Folder for what comes from a store's URL."""
     device_budget_bytes: int = 0
     """Weights on each stage's device at once; 0 for no bound."""
+    eviction: EvictionKind = "worth"
+    """What leaves a stage's tiers first: what costs requests least, or what was used longest ago."""
     preload: tuple[str, ...] = ()
     """Models that every stage loads before it takes requests."""
     default_model: str = "shapes"
@@ -142,6 +145,8 @@ class LocalCluster:
             str(config.inline_limit_bytes),
             "--device-budget-bytes",
             str(config.device_budget_bytes),
+            "--eviction",
+            config.eviction,
             "--preload",
             ",".join(config.preload),
         ]

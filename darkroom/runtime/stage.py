@@ -24,6 +24,7 @@ from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
 from darkroom.runtime.logs import LogLevel, configure_logs
 from darkroom.runtime.networks import NetworkCalls, NetworkServicer
 from darkroom.runtime.server import Mounted, Server
+from darkroom.store.evicting import Eviction, EvictionKind
 from darkroom.store.opening import DEFAULT_CACHE, DEFAULT_CACHE_BYTES, check_store, open_source
 from darkroom.v1 import network_pb2, network_pb2_grpc, stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
 from darkroom.wire.times import duration
@@ -55,6 +56,8 @@ class StageConfig:
     """Weights files kept in memory after their models left the device. On a CPU, loaded models use the same bytes."""
     device_budget_bytes: int = 0
     """Weights on the device at once: idle models leave it for others. 0 keeps all that was ever loaded."""
+    eviction: EvictionKind = "worth"
+    """What leaves the disk, host memory and device first: what costs requests least, or what was used longest ago."""
     preload: tuple[str, ...] = ()
     """Models to load at the start, comma-separated; others are loaded on first use."""
     device: str = "cpu"
@@ -117,11 +120,13 @@ class StageProcess:
         self.shelf = TensorShelf(limit_bytes=config.shelf_bytes, inline_limit_bytes=config.inline_limit_bytes)
         self.shelf.address = f"{config.advertise_host}:{self._server.port}"
         self.source = TensorSource(self._channels, self.shelf, lambda: {m.address for m in self._view.members()})
+        eviction = Eviction(config.eviction)
         self.store = model_store(
-            open_source(config.model_store, config.store_cache, config.store_cache_bytes),
+            open_source(config.model_store, config.store_cache, config.store_cache_bytes, eviction=eviction),
             device=config.device,
             pool_bytes=config.pool_bytes,
             host_cache_bytes=config.host_cache_bytes,
+            eviction=eviction,
         )
         self.replica = StageReplica(
             replica_id=replica_id,

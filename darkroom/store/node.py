@@ -20,6 +20,7 @@ import blake3
 import structlog
 
 from darkroom.errors import DarkroomError, ModelNotFound, StoreUnavailable, UnusableModel
+from darkroom.store.evicting import Eviction
 from darkroom.store.header import Malformed
 from darkroom.store.indexing import write_atomically
 from darkroom.store.manifest import (
@@ -36,7 +37,6 @@ from darkroom.store.manifest import (
 )
 from darkroom.store.objects import Objects
 from darkroom.store.remote import Remote
-from darkroom.store.residents import Evict, least_recently_used
 from darkroom.store.source import Wanted
 
 _log = structlog.get_logger()
@@ -60,11 +60,12 @@ class NodeStore:
         *,
         limit_bytes: int,
         refresh_s: float = 5.0,
-        evict: Evict = least_recently_used,
+        eviction: Eviction | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`limit_bytes`: of the cache; `refresh_s`: for how long the store's index is taken for new."""
-        self._remote, self._objects = Remote(url), Objects(cache, limit_bytes, evict)
+        self._remote = Remote(url)
+        self._objects = Objects(cache, limit_bytes, eviction or Eviction(), self._users)
         self._root = cache.resolve() / "stores" / blake3.blake3(url.rstrip("/").encode()).hexdigest(16)
         (self._root / FOLDER / "manifests").mkdir(parents=True, exist_ok=True)
         self._limit_bytes, self._refresh_s, self._clock = limit_bytes, refresh_s, clock
@@ -146,6 +147,17 @@ class NodeStore:
         except FileNotFoundError as error:
             raise StoreUnavailable(entry_id, "the store lacks a file that its manifest names") from error
 
+    def _users(self) -> dict[Digest, tuple[str, ...]]:
+        """Entries by the files that they have, of all whose manifest is on this node."""
+        found: dict[Digest, tuple[str, ...]] = {}
+        for entry_id, digest in self._index.entries.items() if self._index else ():
+            with contextlib.suppress(OSError, Malformed):
+                if digest not in self._manifests:
+                    self._manifests[digest] = Manifest.from_json(self._kept_manifest(digest))
+                for file in {entry.digest for entry in self._manifests[digest].files.values()}:
+                    found[file] = (*found.get(file, ()), entry_id)
+        return found
+
     def _bring(self, entry_id: str, path: str, entry: FileEntry) -> None:
         self._check_refused(entry_id, path, entry.digest)
         try:
@@ -220,20 +232,22 @@ class NodeStore:
 
     def _read_manifest(self, digest: Digest) -> bytes:
         """Raises StoreUnavailable, or Malformed."""
-        file = self._root / manifest_path(digest)
-        try:
-            text = file.read_bytes()
-            if digest_of(text) == digest:
-                return text
-        except FileNotFoundError:
-            pass
+        with contextlib.suppress(FileNotFoundError, Malformed):
+            return self._kept_manifest(digest)
         try:
             text = self._remote.read(manifest_path(digest), MAX_JSON_BYTES + 1)
         except FileNotFoundError as error:
             raise StoreUnavailable("a manifest", "the store lacks it") from error
         if digest_of(text) != digest:
             raise Malformed("the manifest has another digest than the index names")
-        write_atomically(file, text)
+        write_atomically(self._root / manifest_path(digest), text)
+        return text
+
+    def _kept_manifest(self, digest: Digest) -> bytes:
+        """As it is on this node. Raises FileNotFoundError, or Malformed."""
+        text = (self._root / manifest_path(digest)).read_bytes()
+        if digest_of(text) != digest:
+            raise Malformed("the manifest on this node's disk is not what was fetched")
         return text
 
 

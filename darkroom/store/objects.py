@@ -9,22 +9,22 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import blake3
 import structlog
 
 from darkroom.errors import StoreUnavailable
+from darkroom.policy.eviction import Resident
+from darkroom.policy.worth import Tier
+from darkroom.store.evicting import Eviction
 from darkroom.store.header import Malformed
 from darkroom.store.manifest import Digest, FileEntry
 from darkroom.store.remote import seconds_for
-from darkroom.store.residents import Evict, Resident, least_recently_used
 
 _log = structlog.get_logger()
 _POLL_S = 0.02
-_GUESSED_BYTES_PER_S = 100e6
-"""For what bringing a file back would take, until one has been fetched."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _MAX_QUARANTINED = 4
 
@@ -32,10 +32,16 @@ _MAX_QUARANTINED = 4
 class Objects:
     """Files by digest. Its methods block, and may be called from any thread."""
 
-    def __init__(self, folder: Path, limit_bytes: int, evict: Evict = least_recently_used) -> None:
-        """`folder` holds these files, and in `stores` names for them that go when they do."""
-        self._folder, self._limit_bytes, self._evict = folder, limit_bytes, evict
-        self._rate = _GUESSED_BYTES_PER_S
+    def __init__(
+        self, folder: Path, limit_bytes: int, eviction: Eviction, users: Callable[[], Mapping[Digest, tuple[str, ...]]]
+    ) -> None:
+        """`folder` holds these files, and in `stores` names for them that go when they do.
+
+        `users`: ids of the entries that have each file, as far as is known without asking anybody.
+        """
+        self._folder, self._limit_bytes, self._users = folder, limit_bytes, users
+        self._eviction = eviction
+        self._evict = eviction.of(Tier.DISK, lambda _: 0)  # nothing nearer is kept for its sake
         for name in ("objects", "partial", "quarantine", "stores"):
             (folder / name).mkdir(parents=True, exist_ok=True)
 
@@ -116,8 +122,8 @@ class Objects:
             raise Malformed("what the store sent has not the digest that its manifest names")
         os.fchmod(partial, 0o444)
         (self._folder / "partial" / entry.digest).rename(self.path(entry.digest))
-        took_s = max(time.monotonic() - start_s, 1e-3)
-        self._rate = entry.size_bytes / took_s
+        took_s = time.monotonic() - start_s
+        self._eviction.loaded(Tier.DISK, entry.size_bytes, took_s)
         _log.info("file_fetched", digest=entry.digest[:12], size_bytes=entry.size_bytes, fetch_s=round(took_s, 3))
 
     def _reserve(self, partial: int, entry: FileEntry) -> None:
@@ -147,22 +153,23 @@ class Objects:
             os.close(descriptor)
 
     def _drop(self, needed_bytes: int) -> int:
-        """Bytes that are free now, of quarantined files first, then of what `evict` chooses and nobody reads."""
+        """Bytes that are free now, of quarantined files first, then of what the policy chooses and nobody reads."""
         freed = 0
         for path, size_bytes in self._sizes("quarantine"):
             path.unlink(missing_ok=True)
             freed += size_bytes
-        residents = [
-            Resident(name=path.name, size_bytes=size, load_s=size / self._rate, last_use_s=_used_s(path))
+        users = self._users() if freed < needed_bytes else {}
+        residents = {
+            path.name: Resident(
+                name=path.name, size_bytes=size, used_s=_used_s(path), models=users.get(Digest(path.name), ())
+            )
             for path, size in self._sizes("objects")
-        ]
-        sizes = {resident.name: resident.size_bytes for resident in residents}
-        while freed < needed_bytes and residents:
-            chosen = self._evict(residents, needed_bytes - freed, time.time())
+        }
+        while freed < needed_bytes:
+            chosen = [residents.pop(name) for name in self._evict([*residents.values()], needed_bytes - freed)]
             if not chosen:
                 break
-            freed += sum(sizes[name] for name in chosen if self._drop_one(self.path(Digest(name))))
-            residents = [resident for resident in residents if resident.name not in set(chosen)]
+            freed += sum(int(each.size_bytes) for each in chosen if self._drop_one(self.path(Digest(each.name))))
         return freed
 
     def _drop_one(self, path: Path) -> bool:

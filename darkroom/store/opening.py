@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from darkroom.store.evicting import Eviction
 from darkroom.store.folder import Folder
 from darkroom.store.node import NodeStore
 from darkroom.store.remote import check_url
@@ -29,8 +30,8 @@ def absolute(where: str | Path) -> str:
     return str(where) if is_url(where) else str(Path(where).resolve())
 
 
-def open_source(where: str | Path, cache: Path, cache_bytes: int) -> Source:
+def open_source(where: str | Path, cache: Path, cache_bytes: int, *, eviction: Eviction | None = None) -> Source:
     """The store's files; those of a URL by way of `cache`, a folder that other processes of the node use too."""
     if is_url(where):
-        return NodeStore(str(where), cache.expanduser(), limit_bytes=cache_bytes)
+        return NodeStore(str(where), cache.expanduser(), limit_bytes=cache_bytes, eviction=eviction)
     return Folder(Path(where))

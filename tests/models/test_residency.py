@@ -10,8 +10,15 @@ import torch
 
 from darkroom.errors import DeviceFull, ModelNotFound, UnusableModel
 from darkroom.models.loader import load_part, part_sizes
+from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
-from darkroom.models.residency import Residency
+from darkroom.models.residency import Entry, Residency
+from darkroom.models.store.model_store import model_store
+from darkroom.policy.appraisal import Asked
+from darkroom.policy.eviction import Resident
+from darkroom.policy.worth import Tier
+from darkroom.store.evicting import Eviction, EvictionKind
+from darkroom.store.opening import open_source
 from tests.tiny_models import save_tiny_model
 
 _CPU = torch.device("cpu")
@@ -19,10 +26,10 @@ _CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models of one size; c shares its UNet's file with b."""
+    """Five models of one size; c shares its UNet's file with b."""
     root = tmp_path_factory.mktemp("store")
     save_tiny_model(root, "tiny-sd")
-    for name in "abc":
+    for name in "abcd":
         shutil.copytree(root / "tiny-sd", root / name)
     file = root / "c" / "unet" / "diffusion_pytorch_model.safetensors"
     file.unlink()
@@ -34,11 +41,17 @@ def _size(store: Path) -> int:
     return sum(part_sizes(store, "a", "denoiser", _CPU).values())
 
 
-def _replica(store: Path, budget_bytes: int, *, wait_s: float = 0.1) -> StageReplica:
+def _replica(
+    store: Path, budget_bytes: int, *, wait_s: float = 0.1, kind: EvictionKind = "worth", host_cache_bytes: int = 0
+) -> StageReplica:
+    eviction = Eviction(kind)
+    source = open_source(store, store, 0, eviction=eviction)
     replica = StageReplica(
         replica_id="r",
         stage="denoiser",
-        model_store=store,
+        model_store=model_store(
+            source, device="cpu", pool_bytes=0, host_cache_bytes=host_cache_bytes, eviction=eviction
+        ),
         device="cpu",
         max_running=8,
         max_batch_rows=8,
@@ -47,6 +60,14 @@ def _replica(store: Path, budget_bytes: int, *, wait_s: float = 0.1) -> StageRep
     )
     replica._residency._wait_s = wait_s
     return replica
+
+
+async def _ask(replica: StageReplica, model_id: str, count: int = 1) -> None:
+    """Requests, one after the other, as stages run them."""
+    for _ in range(count):
+        async with replica.accepted():
+            await replica.part(model_id)
+            await replica.run(lambda: None, Ticket(request_id="r"))
 
 
 def _held(replica: StageReplica) -> list[str]:
@@ -144,3 +165,76 @@ async def test_what_is_asked_for_outside_a_request_is_held_by_nobody() -> None:
     with residency.holding(), residency.holding():
         pass
     assert residency._entries == []
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("worth", ["a", "d"]), ("lru", ["b", "d"])])
+async def test_a_model_asked_for_often_stays_where_the_one_used_longest_ago_would_go(
+    store: Path, kind: EvictionKind, kept: list[str]
+) -> None:
+    replica = _replica(store, 2 * _size(store), kind=kind)
+    await _ask(replica, "a", count=5)
+    await _ask(replica, "b")
+    await _ask(replica, "d")
+    assert _held(replica) == kept
+    replica.close()
+
+
+async def test_a_model_that_is_held_but_that_no_request_ran_goes_first(store: Path) -> None:
+    replica = _replica(store, 2 * _size(store))
+    await _ask(replica, "a")
+    async with replica.accepted():
+        await replica.part("b")
+    await _ask(replica, "d")
+    assert _held(replica) == ["a", "d"]
+    replica.close()
+
+
+@pytest.mark.parametrize("kind", ["worth", "lru"])
+async def test_a_pinned_model_stays_and_what_only_it_could_make_room_for_fails(store: Path, kind: EvictionKind) -> None:
+    replica = _replica(store, 2 * _size(store), kind=kind)
+    replica.eviction.pin({"a"})
+    await _ask(replica, "a")
+    await _ask(replica, "b", count=3)
+    await _ask(replica, "d")
+    assert _held(replica) == ["a", "d"]
+    replica.eviction.pin({"a", "d"})
+    with pytest.raises(DeviceFull):
+        await _ask(replica, "b")
+    assert _held(replica) == ["a", "d"]
+    replica.close()
+
+
+async def test_a_load_that_pins_leave_no_room_for_drops_nothing(store: Path) -> None:
+    replica = _replica(store, 2 * _size(store))
+    for name in "ad":
+        await _ask(replica, name)
+    replica.eviction.pin({"a"})
+    residency = replica._residency
+    large = Entry("large", lambda: None, {"x": 2 * _size(store)}, ("large",))
+    with pytest.raises(DeviceFull):
+        await residency.admit(large)
+    assert _held(replica) == ["a", "d"]
+    replica.close()
+
+
+async def test_what_the_cluster_asks_for_counts_more_than_what_was_seen_here(store: Path) -> None:
+    replica = _replica(store, 2 * _size(store))
+    replica.eviction.tell({"a": Asked(rate=0.0, run_s=1.0), "b": Asked(rate=1.0, run_s=1.0)})
+    await _ask(replica, "b")
+    await _ask(replica, "a", count=3)
+    await _ask(replica, "d")
+    assert _held(replica) == ["b", "d"]
+    replica.close()
+
+
+async def test_loras_and_adapters_are_asked_for_by_the_requests_that_use_them() -> None:
+    eviction = Eviction()
+    residency = Residency(eviction=eviction)
+    with residency.holding():
+        residency.hold(Entry("(a, (style,))", lambda: None, models=("a", "style")))
+        residency.uses(["ink"])
+        residency.ran(1.0)
+    evict = eviction.of(Tier.HOST, lambda _: 0.0)
+    names = ("style", "other", "ink", "a")
+    files = [Resident(name=name, size_bytes=1.0, used_s=0.0, models=(name,)) for name in names]
+    assert evict(files, 1.0) == ["other"]

@@ -4,19 +4,19 @@ import gzip
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from darkroom.policy.eviction import least_recent
 from darkroom.policy.popularity import gini
 from simulator.clock import Clock
 from simulator.costs import Sizes, Work
 from simulator.device import OneByOne, Together
 from simulator.generator import generate
 from simulator.links import Link, Transfer
-from simulator.shelf import Item, Shelf
+from simulator.shelf import Shelf
 from simulator.worker import Job
 from simulator.workload import SHAPES, LoraUse, Request, compressed, read_gentd26, shaped
 
@@ -66,14 +66,9 @@ def test_a_transfer_goes_at_the_pace_of_its_slowest_link() -> None:
     assert done == pytest.approx([4.0] * 4, abs=1e-3)
 
 
-def oldest(items: Sequence[Item], needed: float, now_s: float) -> list[str]:
-    del needed, now_s
-    return [item.name for item in sorted(items, key=lambda item: item.used_s)]
-
-
 def test_a_shelf_drops_the_oldest_and_never_what_is_in_use() -> None:
     counts: Counter[str] = Counter()
-    shelf = Shelf(2.0, oldest, counts)
+    shelf = Shelf(2.0, least_recent, counts)
     first = shelf.put("a", 1.0, 0.0)
     shelf.put("b", 1.0, 1.0)
     assert first is not None

@@ -24,9 +24,11 @@ import torch
 
 from darkroom.models.store.direct_read import ShortFile, padded_bytes, read_file
 from darkroom.models.store.pool import HostPool
+from darkroom.policy.eviction import Resident
+from darkroom.policy.worth import Tier
+from darkroom.store.evicting import Eviction
 from darkroom.store.header import Malformed, TensorFile, TensorPlace, read_header
 from darkroom.store.manifest import FileEntry
-from darkroom.store.residents import Evict, Resident, least_recently_used
 
 _log = structlog.get_logger()
 _TYPES = {
@@ -63,8 +65,9 @@ class HostFile:
     header: TensorFile
     content: torch.Tensor
     """[size_bytes], uint8: the whole file, in a block of the pool."""
-    load_s: float
-    last_use_s: float = field(default_factory=time.monotonic)
+    users: set[str] = field(default_factory=set)
+    """Entries of the store that it was read for."""
+    used_s: float = field(default_factory=time.monotonic)
     version: int = field(init=False)
     """Of the content as it was read: writing to any view of it counts it up."""
 
@@ -85,9 +88,12 @@ class HostFile:
 class HostCache:
     """Files in memory. Its methods block, and may be called from any thread; concurrent reads of a file are one."""
 
-    def __init__(self, pool: HostPool, *, limit_bytes: int, evict: Evict = least_recently_used) -> None:
+    def __init__(self, pool: HostPool, *, limit_bytes: int, eviction: Eviction | None = None) -> None:
         """`limit_bytes`: of files kept for later use; those in use are not counted out, nor limited."""
-        self._pool, self._limit_bytes, self._evict = pool, limit_bytes, evict
+        self._pool, self._limit_bytes = pool, limit_bytes
+        self.eviction = eviction or Eviction()
+        """What decides for the other tiers too."""
+        self._evict = self.eviction.of(Tier.HOST, self._held_bytes)
         self._kept: dict[Key, HostFile] = {}
         self._alive: WeakValueDictionary[Key, HostFile] = WeakValueDictionary()
         self._lock = threading.Lock()
@@ -95,8 +101,8 @@ class HostCache:
         self.read_count = 0
         """Files read from the disk since the start."""
 
-    def read(self, path: Path, expected: FileEntry | None) -> HostFile:
-        """The file, from memory or from the disk. Raises Corrupt, or OSError."""
+    def read(self, path: Path, expected: FileEntry | None, entry_id: str = "") -> HostFile:
+        """The file, from memory or from the disk, for an entry of the store. Raises Corrupt, or OSError."""
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -106,10 +112,11 @@ class HostCache:
                 reading = self._reading.setdefault(key, threading.Lock())
             try:
                 with reading:
-                    found = self._find(key)
+                    found = self._find(key, entry_id)
                     if found is None:
                         fcntl.flock(file, fcntl.LOCK_SH)  # the SSD tier drops nothing that is being read
                         found = self._read(file, status.st_size, expected)
+                        found.users.add(entry_id)
                         self._keep(key, found)
                     return found
             finally:
@@ -120,16 +127,21 @@ class HostCache:
     def kept_bytes(self) -> int:
         """Of the files kept for later use, those of loaded networks among them."""
         with self._lock:
-            return sum(file.header.size_bytes for file in self._kept.values())
+            return self._kept_total()
 
-    def _find(self, key: Key) -> HostFile | None:
+    def _held_bytes(self, entry_id: str) -> int:
+        """Of what is kept for an entry. Takes no lock: it is asked while other tiers hold theirs."""
+        return sum(file.header.size_bytes for file in list(self._kept.values()) if entry_id in file.users)
+
+    def _find(self, key: Key, entry_id: str) -> HostFile | None:
         with self._lock:
             found = self._alive.get(key)
             if found is not None and found.content._version != found.version:  # noqa: SLF001 - as above
                 _log.error("host_file_written_to", tensors=list(found.header.tensors)[:3])
                 found = None
             if found is not None:
-                found.last_use_s = time.monotonic()
+                found.used_s = time.monotonic()
+                found.users.add(entry_id)
             return found
 
     def _read(self, file: BinaryIO, size_bytes: int, expected: FileEntry | None) -> HostFile:
@@ -156,25 +168,34 @@ class HostCache:
         if expected is not None and hasher.hexdigest() != expected.digest:
             raise Corrupt("it has another digest than its manifest names")
         self.read_count += 1
-        return HostFile(header, content, load_s=time.monotonic() - start_s)
+        self.eviction.loaded(Tier.HOST, size_bytes, time.monotonic() - start_s)
+        return HostFile(header, content)
 
     def _keep(self, key: Key, file: HostFile) -> None:
         with self._lock:
             self._alive[key] = file
-            if file.header.size_bytes > self._limit_bytes:
-                return
-            self._kept[key] = file
-            needed = sum(kept.header.size_bytes for kept in self._kept.values()) - self._limit_bytes
-            if needed <= 0:
-                return
-            names = {str(other): other for other in self._kept if other != key}
-            residents = [_resident(name, self._kept[other]) for name, other in names.items()]
-            for name in self._evict(residents, needed, time.monotonic()):
-                del self._kept[names[name]]
+            self._kept.pop(key, None)  # one that was written to
+            names = {str(other): other for other in self._kept}
+            needed = self._kept_total() + file.header.size_bytes - self._limit_bytes
+            going = [names[name] for name in self._evict(self._residents(), needed)] if needed > 0 else []
+            if sum(self._kept[other].header.size_bytes for other in going) >= needed:
+                for other in going:
+                    del self._kept[other]
+                self._kept[key] = file
 
+    def _kept_total(self) -> int:
+        return sum(file.header.size_bytes for file in self._kept.values())
 
-def _resident(name: str, file: HostFile) -> Resident:
-    return Resident(name=name, size_bytes=file.header.size_bytes, load_s=file.load_s, last_use_s=file.last_use_s)
+    def _residents(self) -> list[Resident]:
+        return [
+            Resident(
+                name=str(key),
+                size_bytes=file.header.size_bytes,
+                used_s=file.used_s,
+                models=tuple(sorted(file.users)),
+            )
+            for key, file in self._kept.items()
+        ]
 
 
 def _view(content: torch.Tensor, place: TensorPlace) -> torch.Tensor:

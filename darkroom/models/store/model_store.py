@@ -11,6 +11,7 @@ from darkroom.models.store.device import pin, unpin
 from darkroom.models.store.host import Corrupt, HostCache, HostFile
 from darkroom.models.store.pool import HostPool
 from darkroom.policy.pinning import size_classes
+from darkroom.store.evicting import Eviction
 from darkroom.store.folder import Folder
 from darkroom.store.source import Source, Wanted, is_small
 
@@ -26,6 +27,11 @@ class ModelStore:
     def __init__(self, source: Source, host: HostCache) -> None:
         """Over the files of `source`; weights are held in `host`."""
         self._source, self._host = source, host
+
+    @property
+    def eviction(self) -> Eviction:
+        """What decides what leaves its tiers, and whatever is made of its files."""
+        return self._host.eviction
 
     @property
     def root(self) -> Path:
@@ -53,7 +59,7 @@ class ModelStore:
         """
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return self._host.read(path, self._source.expected(path))
+                return self._host.read(path, self._source.expected(path), self._entry_of(path))
             except FileNotFoundError:  # dropped since it was fetched, to make room
                 if attempt == _ATTEMPTS or not self._fetch_again(path):
                     raise
@@ -76,6 +82,13 @@ class ModelStore:
             self._source.refuse(path)
             raise Corrupt("it has another digest than its manifest names")
 
+    def _entry_of(self, path: Path) -> str:
+        """The entry in whose folder the file lies; empty if in none."""
+        for root in (self.root, self.root.resolve()):
+            if path.is_relative_to(root):
+                return path.relative_to(root).parts[0]
+        return ""
+
     def _fetch_again(self, path: Path) -> bool:
         with contextlib.suppress(ValueError):
             entry_id, _, rest = path.relative_to(self.root).as_posix().partition("/")
@@ -92,13 +105,15 @@ def _weights_in(components: tuple[str, ...]) -> Wanted:
     return wanted
 
 
-def model_store(source: Source, *, device: str, pool_bytes: int, host_cache_bytes: int) -> ModelStore:
+def model_store(
+    source: Source, *, device: str, pool_bytes: int, host_cache_bytes: int, eviction: Eviction | None = None
+) -> ModelStore:
     """The store of a stage: over `source`, with `pool_bytes` of memory made ready for the sizes that it has."""
     pinning = {"pin": pin, "unpin": unpin} if device.startswith("cuda") else {}
     pool = HostPool(idle_bytes=max(pool_bytes, host_cache_bytes), **pinning)
     if pool_bytes:
         pool.prepare(size_classes(source.weights_sizes()), pool_bytes)
-    return ModelStore(source, HostCache(pool, limit_bytes=host_cache_bytes))
+    return ModelStore(source, HostCache(pool, limit_bytes=host_cache_bytes, eviction=eviction))
 
 
 def store_of(where: Path | ModelStore) -> ModelStore:

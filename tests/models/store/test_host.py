@@ -20,6 +20,7 @@ from darkroom.models.store.host import Corrupt, HostCache
 from darkroom.models.store.model_store import ModelStore
 from darkroom.models.store.pool import ALIGNMENT, HostPool
 from darkroom.policy.pinning import SizeClass
+from darkroom.store.evicting import Eviction
 from darkroom.store.folder import Folder
 from darkroom.store.indexing import write_index
 from darkroom.store.manifest import FileEntry, digest_of
@@ -165,6 +166,42 @@ def test_what_is_kept_costs_no_disk_and_what_is_too_much_goes_least_recently_use
         gc.collect()
     assert cache.read_count == 4  # a, b, c, and b again
     assert cache.kept_bytes <= 2 * _MIB + 1000
+
+
+def test_a_file_that_models_share_outlives_what_each_has_alone(tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("shared", "one", "other", "new")}
+    for path in paths.values():
+        save_file({"x": torch.zeros(_MIB // 4)}, path)
+    eviction = Eviction()
+    cache = HostCache(HostPool(idle_bytes=0), limit_bytes=3 * _MIB + 1000, eviction=eviction)
+    for name, model_id in (("shared", "a"), ("shared", "b"), ("one", "a"), ("other", "b")):
+        cache.read(paths[name], None, model_id)
+    for model_id in "ab":
+        eviction.ran({model_id}, 1.0)
+    cache.read(paths["new"], None, "c")
+    cache.read(paths["shared"], None, "c")
+    cache.read(paths["other"], None, "b")
+    assert cache.read_count == 4
+    cache.read(paths["one"], None, "a")
+    assert cache.read_count == 5
+
+
+def test_files_of_pinned_models_stay_and_what_then_finds_no_room_is_not_kept(tmp_path: Path) -> None:
+    for name in ("small", "large", "new"):
+        save_file({"x": torch.zeros(_MIB // (4 if name == "large" else 8))}, tmp_path / name)
+    eviction = Eviction()
+    eviction.pin({"large"})
+    cache = HostCache(HostPool(idle_bytes=0), limit_bytes=3 * _MIB // 2 + 2000, eviction=eviction)
+    for name in ("large", "small", "new"):
+        cache.read(tmp_path / name, None, name)
+        gc.collect()
+    assert cache.kept_bytes == sum((tmp_path / name).stat().st_size for name in ("large", "new"))
+    eviction.pin({"large", "new"})
+    cache.read(tmp_path / "small", None, "small")
+    cache.read(tmp_path / "large", None, "large")
+    cache.read(tmp_path / "new", None, "new")
+    assert cache.read_count == 4
+    assert cache.kept_bytes == sum((tmp_path / name).stat().st_size for name in ("large", "new"))
 
 
 def test_a_file_in_use_is_shared_even_where_nothing_is_kept(file: Path) -> None:

@@ -12,6 +12,7 @@ from darkroom.errors import ModelNotFound, StoreUnavailable, UnusableModel
 from darkroom.models.loader import load_part
 from darkroom.models.replica import StageReplica
 from darkroom.models.store.model_store import ModelStore, model_store
+from darkroom.store.folder import Folder
 from darkroom.store.indexing import write_index
 from darkroom.store.opening import check_store, open_source
 from darkroom.wire.tasks import LoraUse
@@ -67,6 +68,18 @@ def test_a_model_that_was_dropped_comes_back_without_the_disk(files: Path, tmp_p
     load_part(store, "tiny-sd", "vae", _CPU)
     load_part(store, "tiny-sd", "vae", _CPU)
     assert store._host.read_count == 1
+
+
+def test_what_is_read_is_known_by_the_models_that_it_was_read_for(files: Path, tmp_path: Path) -> None:
+    store = _open(files, tmp_path, host_cache_bytes=1 << 30)
+    for model_id in ("tiny-sd", "other"):
+        load_part(store, model_id, "denoiser", _CPU)
+    (shared,) = store._host._kept.values()
+    assert shared.users == {"tiny-sd", "other"}
+    in_place = model_store(Folder(files), device="cpu", pool_bytes=0, host_cache_bytes=1 << 30)
+    load_part(in_place, "other", "denoiser", _CPU)
+    (own,) = in_place._host._kept.values()
+    assert own.users == {"other"}
 
 
 def test_a_file_damaged_on_the_node_is_quarantined_and_fetched_once_more(files: Path, tmp_path: Path) -> None:
