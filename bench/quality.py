@@ -3,7 +3,7 @@
 Every model draws the same prompts, half of them of one thing (easy), half of two (hard). Two rows need no model: drawn
 pictures themselves, and what the VAE makes of them, which no model over that VAE can beat.
 
-    python -m bench.quality --models shapes shapes-turbo shapes-dit --count 1000 --sheets docs/images
+    python -m bench.quality --models shapes shapes@2:1 shapes-turbo shapes-dit --count 1000 --sheets docs/images
 """
 
 import statistics
@@ -71,22 +71,28 @@ def seconds_per_picture(draw: Callable[[int], object]) -> float:
     return statistics.median(times[1:])
 
 
-def of_model(folder: Path, pictures: Pictures, scenes: Sequence[Scene], sheets: Path | None) -> dict[str, Any]:
-    """The row of one model, at its own number of steps and guidance; its contact sheet, if there is a place for it."""
-    pipe, settings = load(folder), model_defaults(folder)
+def of_model(
+    store: Path, wanted: str, pictures: Pictures, scenes: Sequence[Scene], sheets: Path | None
+) -> dict[str, Any]:
+    """The row of a model as it asks to be run, or of `NAME@STEPS:GUIDANCE`; the contact sheet of the former."""
+    name, _, given = wanted.partition("@")
+    pipe, settings = load(store / name), model_defaults(store / name)
+    if given:
+        steps, _, guidance = given.partition(":")
+        settings = {"steps": int(steps), "guidance": float(guidance)}
     drawn = generate(pipe, scenes, **settings)
-    if sheets:
+    if sheets and not given:
         half = len(drawn) // 2
         shown = np.concatenate([drawn[:half][:_SHOWN_COUNT], drawn[half:][:_SHOWN_COUNT]])
-        contact_sheet(shown, _SHOWN_COLUMNS).save(sheets / f"{folder.name}.png", optimize=True)
+        contact_sheet(shown, _SHOWN_COLUMNS).save(sheets / f"{name}.png", optimize=True)
     alone_s = seconds_per_picture(lambda seed: generate(pipe, scenes[:1], seed=seed, **settings))
-    return {**pictures.measure(folder.name, drawn), **settings, "alone_s": alone_s}
+    return {**pictures.measure(wanted, drawn), **settings, "alone_s": alone_s}
 
 
 def main() -> None:
     """Prints the tables."""
     parser = report.command_line("quality", "Accuracy and distance from drawn truth, per model.")
-    parser.add_argument("--models", nargs="+", default=["shapes"], help="folders of the store")
+    parser.add_argument("--models", nargs="+", default=["shapes"], help="folders of the store, or NAME@STEPS:GUIDANCE")
     parser.add_argument("--count", type=int, default=1000, help="pictures per model")
     parser.add_argument("--sheets", type=Path, help="write a contact sheet of each model into this folder")
     options = parser.parse_args()
@@ -96,14 +102,14 @@ def main() -> None:
     truth = draw_all([*easy_scenes(count, _TRUTH_SEED), *hard_scenes(count, _TRUTH_SEED)], _TRUTH_SEED)
     pictures = Pictures(scenes, load_reader(options.model_store / "judge"), truth)
     drawn = draw_all(scenes, _DRAWN_SEED)
-    vae = load(options.model_store / options.models[0]).vae
+    vae = load(options.model_store / options.models[0].partition("@")[0]).vae
     rows = [
         pictures.measure("drawn", drawn),
         pictures.measure("drawn, through the VAE", reconstruct(vae, torch.from_numpy(drawn)).numpy()),
-        *(of_model(options.model_store / name, pictures, scenes, options.sheets) for name in options.models),
+        *(of_model(options.model_store, wanted, pictures, scenes, options.sheets) for wanted in options.models),
     ]
     title = f"{count} pictures a model, half of them of one thing (easy), one thread"
-    report.table(title, ("model", "steps", "s per picture", "easy", "hard", "distance"), map(_summary, rows))
+    report.table(title, ("model", "steps, guidance", "s per picture", "easy", "hard", "distance"), map(_summary, rows))
     names = [name for name in rows[0]["easy"] if name not in ("count", "everything")]
     report.table(
         "right, by attribute",
@@ -114,7 +120,7 @@ def main() -> None:
 
 
 def _summary(row: dict[str, Any]) -> list[str]:
-    timed = [str(row["steps"]), f"{row['alone_s']:.3f}"] if "steps" in row else ["", ""]
+    timed = [f"{row['steps']}, {row['guidance']:g}", f"{row['alone_s']:.3f}"] if "steps" in row else ["", ""]
     told = [_share(row[kind]["everything"]) for kind in ("easy", "hard")]
     return [row["name"], *timed, *told, f"{row['distance']:.2f}"]
 

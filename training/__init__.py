@@ -7,7 +7,8 @@ text        what a caption says                               evaluate    a mode
 vae         pictures to latents and back                      previews    latents to colours, without a network
 latents     scenes as latents, kept on disk
 denoiser    latents from captions
-shapes      the pipeline `shapes`, assembled and saved        distil      `shapes-turbo`, four steps
+saving      what is left in the store, in diffusers' formats
+shapes      the pipeline `shapes`, assembled and trained       distil      `shapes-turbo`, two steps
 lora        other styles                                      dit         `shapes-dit`, a transformer
 controlnet  edges say where                                   scorer      when a light picture will do
 """
