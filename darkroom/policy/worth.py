@@ -81,6 +81,13 @@ def blocked_share(server_count: int, busy: float) -> float:
     return blocked
 
 
+def missed_share(rate: float, run_s: float, others: int, horizon_s: float) -> float:
+    """Probability that a request misses one copy within the horizon, with `others` like it."""
+    busy = rate * run_s
+    missed = blocked_share(others, busy) - blocked_share(others + 1, busy)
+    return reuse_probability(rate * missed, horizon_s)
+
+
 class Worth:
     """Values of copies, from what was asked for so far."""
 
@@ -89,11 +96,20 @@ class Worth:
         self._run_s: dict[str, float] = {}
         self._missed: dict[tuple[str, Tier, int], tuple[float, float]] = {}
 
-    def add(self, name: str, now_s: float, run_s: float) -> None:
-        """Notes a request for a model, and how long it keeps a device busy."""
-        self.popularity.add(name, now_s)
+    def add(self, name: str, now_s: float, run_s: float, count: int = 1) -> None:
+        """Notes requests for a model, and how long each keeps a device busy."""
+        self.popularity.add(name, now_s, count)
         before_s = self._run_s.get(name, run_s)
-        self._run_s[name] = before_s + self._config.run_weight * (run_s - before_s)
+        weight = self._config.run_weight if count == 1 else 1 - (1 - self._config.run_weight) ** count
+        self._run_s[name] = before_s + weight * (run_s - before_s)
+
+    def run_s(self, name: str) -> float:
+        """How long a request keeps a device busy, on average; 0 for a model that nobody asked for."""
+        return self._run_s.get(name, 0.0)
+
+    def restore(self, name: str, run_s: float) -> None:
+        """Takes over what `run_s` gave, for a model that nothing is known about yet."""
+        self._run_s.setdefault(name, run_s)
 
     def missed_share(self, name: str, tier: Tier, others: int, now_s: float) -> float:
         """Probability that a request misses one copy soon, with `others` like it. Some seconds old at most."""
@@ -101,7 +117,6 @@ class Worth:
         known = self._missed.get(key)
         if known is None or now_s - known[0] > _AGE_S:
             rate = self._config.burst * self.popularity.rate(name, now_s)
-            busy = rate * self._run_s.get(name, 0.0)
-            missed = blocked_share(others, busy) - blocked_share(others + 1, busy)
-            known = self._missed[key] = (now_s, reuse_probability(rate * missed, self._config.horizons_s[tier]))
+            share = missed_share(rate, self.run_s(name), others, self._config.horizons_s[tier])
+            known = self._missed[key] = (now_s, share)
         return known[1]

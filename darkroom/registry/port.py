@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import NewType, Protocol
 
 LeaseId = NewType("LeaseId", int)
+Revision = NewType("Revision", int)
+"""Counts up with every change of the registry, so that no two keys created have the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,36 @@ class Member:
     """What it computes on, for people to read; empty where that means nothing."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What a key holds after somebody claimed it: the claimant's own value, or that of whoever came first."""
+
+    value: bytes
+    created: Revision
+    """When the key was created."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """A condition of a write: the key is there, and is the one that was created then."""
+
+    key: str
+    created: Revision
+
+
+class Keys(Protocol):
+    """Keys that can be read and written."""
+
+    async def read(self, prefix: str) -> dict[str, bytes]:
+        """Every key that starts with `prefix`."""
+
+    async def put(self, key: str, value: bytes) -> None:
+        """Writes the key."""
+
+    async def delete(self, key: str) -> None:
+        """Removes the key if it is there."""
+
+
 class Registry(Protocol):
     """Keys and values, with leases and watches.
 
@@ -30,11 +62,17 @@ class Registry(Protocol):
     async def read(self, prefix: str) -> dict[str, bytes]:
         """Every key that starts with `prefix`."""
 
-    async def put(self, key: str, value: bytes, *, lease: LeaseId | None = None) -> None:
-        """Writes the key. It goes when `lease` ends, and raises RegistryUnavailable if that has ended already."""
+    async def put(self, key: str, value: bytes, *, lease: LeaseId | None = None, guard: Guard | None = None) -> None:
+        """Writes the key. It goes when `lease` ends, and raises RegistryUnavailable if that has ended already.
 
-    async def delete(self, key: str) -> None:
-        """Removes the key if it is there."""
+        Raises Deposed, and writes nothing, if `guard` does not hold.
+        """
+
+    async def delete(self, key: str, *, guard: Guard | None = None) -> None:
+        """Removes the key if it is there. Raises Deposed, and removes nothing, if `guard` does not hold."""
+
+    async def claim(self, key: str, value: bytes, *, lease: LeaseId) -> Claim:
+        """Writes the key under the lease unless it is there; says what it holds now. May be repeated."""
 
     async def grant(self, ttl_s: int) -> LeaseId:
         """A new lease that ends `ttl_s` seconds after it was last kept alive."""
