@@ -87,7 +87,7 @@ def plan_moves(
 
 
 def is_still_worth(
-    node: Node, name: str, tier: Tier, nodes: Sequence[Node], size_bytes: float, worth: Worth, now_s: float
+    node: Node, name: str, tier: Tier, *, nodes: Sequence[Node], size_bytes: float, worth: Worth, now_s: float
 ) -> bool:
     """Whether a move that was begun gains more than it costs: the margin is for beginning."""
     counts = Counter(other for each in nodes for other in each.held[tier])
