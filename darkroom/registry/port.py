@@ -10,6 +10,20 @@ Revision = NewType("Revision", int)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rooms:
+    """How much of models a stage replica can hold."""
+
+    device_bytes: int
+    """Of its device; 0 means that nothing should be brought there that no request asks for."""
+    host_bytes: int
+    """Of its memory, beside what is on the device."""
+    disk_bytes: int | None
+    """Of its machine's disk; None where the whole model store lies there."""
+    evicts: bool
+    """Whether models leave the device to make room for others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
     """A service process that is up."""
 
@@ -20,7 +34,9 @@ class Member:
     address: str
     """host:port of its gRPC server, as others reach it."""
     device: str = ""
-    """What it computes on, for people to read; empty where that means nothing."""
+    """What it computes on, as torch names it; empty where that means nothing."""
+    rooms: Rooms | None = None
+    """None for what holds no models, or does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
