@@ -65,8 +65,8 @@ class Planned:
     """How long an order stands, and how long after it began nothing brings the same model to the same replica."""
     release_s: float = 600.0
     """How long after an operator's drop only requests bring the model back."""
-    most_outlooks: int = 2000
-    """Models whose rates are told: the plan is one key of the registry, of a megabyte at most."""
+    most_outlooks: int = 500
+    """Models whose rates are told: the plan is one key of the registry, and everybody reads all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

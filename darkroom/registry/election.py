@@ -53,6 +53,7 @@ class Election:
         self._has_resigned = False
         self._changed = asyncio.Event()
         self._resigning = asyncio.Lock()
+        self._elected = asyncio.Event()
         self.leader_id: str | None = None
         """Who leads, as last seen."""
 
@@ -62,6 +63,13 @@ class Election:
         if self._created is None or asyncio.get_running_loop().time() >= self._lease_ends_s:
             return None
         return Fenced(self._registry, Guard(key=self._key, created=self._created))
+
+    async def elected(self) -> Fenced:
+        """What `leading` is, as soon as it is."""
+        while (leading := self.leading) is None:
+            self._elected.clear()
+            await self._elected.wait()
+        return leading
 
     async def run(self) -> None:
         """Stands for election until cancelled, or until `resign`."""
@@ -120,6 +128,8 @@ class Election:
         if mine != self._created:
             _LOG.info("candidate %s %s", self._id, f"leads in term {mine}" if mine else "leads no longer")
         self._created = mine
+        if mine is not None:
+            self._elected.set()
 
     async def _living_lease(self) -> LeaseId:
         """The lease, kept alive; a new one where it has ended, and the office with it."""

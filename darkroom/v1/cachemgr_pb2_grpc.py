@@ -135,9 +135,9 @@ class CacheManagerServiceServicer:
 
     def WatchPlan(self, request, context):
         """Streams the plan: the one there is at once, then each that replaces it.
-        Never ends by itself.
+        Never ends by itself, and says nothing before the registry was read.
 
-        Idempotent. Errors: UNAVAILABLE (reason REGISTRY_UNAVAILABLE).
+        Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
