@@ -46,6 +46,8 @@ class Residency:
         self.budget_bytes, self._evict, self._wait_s = budget_bytes, evict, wait_s
         self._entries: list[Entry] = []
         self._released = asyncio.Event()
+        self.pinned_names: frozenset[str] = frozenset()
+        """Of what stays although nobody uses it."""
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -92,11 +94,14 @@ class Residency:
             self._entries.remove(entry)
             self._released.set()
 
+    def _may_go(self, entry: Entry) -> bool:
+        return entry.is_loaded and not entry.holder_count and entry.name not in self.pinned_names
+
     def _make_room(self, entry: Entry) -> bool:
         """Drops idle entries until this one fits. False, and nothing dropped, if it would not even then."""
         if not self.budget_bytes:
             return True
-        idle = [other for other in self._entries if other.is_loaded and not other.holder_count]
+        idle = [other for other in self._entries if self._may_go(other)]
         busy = [other for other in self._entries if other not in idle]
         if _total((*busy, entry)) > self.budget_bytes:
             return False

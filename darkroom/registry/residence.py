@@ -15,7 +15,7 @@ class Residence:
     host_bytes: int | None = None
     disk_bytes: int | None = None
     load_s: float | None = None
-    """What bringing it to the device took, the last time it was read from the disk for it."""
+    """What bringing it to the device took."""
 
     def to_json(self) -> bytes:
         """Equal residences give equal bytes."""

@@ -101,7 +101,7 @@ class HostCache:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Corrupt("it is no regular file")
-            key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            key = _key(status)
             with self._lock:
                 reading = self._reading.setdefault(key, threading.Lock())
             try:
@@ -115,6 +115,24 @@ class HostCache:
             finally:
                 with self._lock:
                     self._reading.pop(key, None)
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file, as it is on the disk now, is in memory."""
+        try:
+            key = _key(path.stat())
+        except OSError:
+            return False
+        with self._lock:
+            return key in self._alive
+
+    def forget(self, path: Path) -> None:
+        """Keeps the file no longer; networks that use it go on with it."""
+        try:
+            key = _key(path.stat())
+        except OSError:
+            return
+        with self._lock:
+            self._kept.pop(key, None)
 
     @property
     def kept_bytes(self) -> int:
@@ -171,6 +189,10 @@ class HostCache:
             residents = [_resident(name, self._kept[other]) for name, other in names.items()]
             for name in self._evict(residents, needed, time.monotonic()):
                 del self._kept[names[name]]
+
+
+def _key(status: os.stat_result) -> Key:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _resident(name: str, file: HostFile) -> Resident:

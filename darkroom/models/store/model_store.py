@@ -63,6 +63,14 @@ class ModelStore:
                     raise
         raise AssertionError
 
+    def holds(self, path: Path) -> bool:
+        """Whether a weights file is in memory."""
+        return self._host.holds(path)
+
+    def forget(self, path: Path) -> None:
+        """Keeps a weights file in memory no longer than networks use it."""
+        self._host.forget(path)
+
     def verify(self, path: Path) -> None:
         """Makes sure that a file which others will read is as it should be. Raises Corrupt, OSError."""
         expected = self._source.expected(path)
