@@ -20,7 +20,7 @@ from darkroom.registry.election import Election, Fenced
 from darkroom.registry.membership import ClusterView
 from darkroom.registry.port import Registry
 from services.cachemgr.ledger import Ledger
-from services.cachemgr.situation import load_times, replicas, sizes_by_stage
+from services.cachemgr.situation import as_loaded, load_times, replicas, sizes_by_stage
 
 _log = structlog.get_logger()
 _RETRY_S = 0.5
@@ -90,7 +90,7 @@ class Controller:
         return plan
 
     def _situation(self, before: CachePlan, asked: Mapping[str, bytes], now_s: float) -> Situation:
-        sizes = sizes_by_stage(self._view.models())
+        sizes = as_loaded(self._view, sizes_by_stage(self._view.models()))
         worths = {stage: self._ledger.worth(stage) for stage in sizes}
         for stage, worth in worths.items():
             worth.times = load_times(self._view, stage, self._guessed)

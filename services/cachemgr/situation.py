@@ -43,6 +43,16 @@ def sizes_by_stage(models: Sequence[ModelEntry]) -> dict[str, dict[str, float]]:
     return sizes
 
 
+def as_loaded(view: ClusterView, sizes: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """The same with what replicas say that models take on their devices: half precision on disk may be single there."""
+    found = {stage: dict(of_stage) for stage, of_stage in sizes.items()}
+    for member in view.members():
+        for model_id, residence in view.residences_of(member.replica_id).items():
+            if residence.device_bytes and model_id in found.get(member.stage, {}):
+                found[member.stage][model_id] = max(found[member.stage][model_id], float(residence.device_bytes))
+    return found
+
+
 def replicas(
     view: ClusterView, sizes: Mapping[str, Mapping[str, float]], busy_ids: frozenset[str]
 ) -> list[CacheReplica]:
