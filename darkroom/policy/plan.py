@@ -75,6 +75,8 @@ def plan_moves(
     taken: set[str] = set()
     moves: list[Move] = []
     for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK):
+        if all(sizes.keys() <= node.held[tier].keys() for node in nodes):
+            continue  # everything lies there already: to count thousands of names takes long
         round_ = _Round(tier, Counter(name for node in nodes for name in node.held[tier]), worth, now_s, config)
         for name, size_bytes in round_.ranked(sizes):
             free = [node for node in nodes if node.node_id not in taken and node.may_take(name, tier)]

@@ -46,6 +46,10 @@ class Wish:
     """None means as few replicas as it takes to have `copies`; to a drop: all."""
     copies: int = 1
 
+    def is_for(self, replica: CacheReplica) -> bool:
+        """Whether a replica may be meant."""
+        return self.stage in {None, replica.stage} and self.replica_id in {None, replica.replica_id}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
@@ -65,8 +69,8 @@ class Planned:
     """How long an order stands, and how long after it began nothing brings the same model to the same replica."""
     release_s: float = 600.0
     """How long after an operator's drop only requests bring the model back."""
-    most_outlooks: int = 500
-    """Models whose rates are told: the plan is one key of the registry, and everybody reads all of it."""
+    most_models: int = 500
+    """Models, the most popular, that are moved and whose rates are told: a plan is one key, read by everybody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +107,7 @@ def make_plan(situation: Situation, now_s: float, config: Planned) -> CachePlan:
         orders=tuple(sorted(drawing.orders.values(), key=lambda o: (o.replica_id, o.model_id))),
         releases=tuple(sorted(drawing.releases.values(), key=lambda r: (r.replica_id, r.model_id))),
         pinned=tuple(sorted(drawing.pinned, key=lambda p: (p.replica_id, p.model_id))),
-        outlooks=tuple(outlooks(situation, now_s, config.most_outlooks)),
+        outlooks=tuple(outlooks(situation, now_s, config.most_models)),
     )
 
 
@@ -116,6 +120,7 @@ class _Drawing:
         self.orders: dict[tuple[str, str], Order] = {}
         self.releases: dict[tuple[str, str], Release] = {}
         self.pinned: set[Pinned] = set()
+        self._as_is = {stage: [self._node(replica) for replica in situation.at(stage)] for stage in situation.sizes}
 
     def carry_over(self) -> None:
         """Keeps what was planned before and has not lapsed, as far as its replica and model still exist."""
@@ -159,8 +164,10 @@ class _Drawing:
         sizes, worth = self._situation.sizes[stage], self._situation.worths.get(stage)
         if worth is None:
             return
-        nodes = self._nodes(stage)
-        for move in plan_moves(nodes, sizes, worth, self._now_s, self._config.moves):
+        rates = worth.popularity.rates(self._now_s)
+        asked = sorted(rates.keys() & sizes.keys(), key=lambda name: (-rates[name], name))
+        movable = {name: sizes[name] for name in asked[: self._config.most_models]}
+        for move in plan_moves(self._nodes(stage), movable, worth, self._now_s, self._config.moves):
             self._order(self._by_id[move.node_id], move.name, move.tier, move.reason)
 
     def complete(self) -> None:
@@ -199,24 +206,19 @@ class _Drawing:
             self._node(replica),
             order.model_id,
             order.tier,
-            nodes=[self._node(other) for other in self._situation.at(replica.stage)],
+            nodes=self._as_is[replica.stage],
             size_bytes=self._situation.sizes[replica.stage][order.model_id],
             worth=worth,
             now_s=self._now_s,
         )
 
     def _meant(self, wish: Wish) -> list[CacheReplica]:
-        """The replicas that a wish is for, those that have least to do for it first."""
-        stages = [stage for stage in self._situation.sizes if wish.stage in {None, stage}]
+        """The replicas that a wish is for: of each stage, those that have least to do for it."""
         found: list[CacheReplica] = []
-        for stage in stages:
-            if wish.model_id not in self._situation.sizes[stage]:
-                continue
-            likeliest = self._likeliest(stage, wish.model_id, wish.tier)
-            if wish.replica_id is not None:
-                found += [replica for replica in likeliest if replica.replica_id == wish.replica_id]
-            else:
-                found += likeliest if wish.is_drop else likeliest[: wish.copies]
+        for stage, sizes in self._situation.sizes.items():
+            if wish.model_id in sizes:
+                meant = [r for r in self._likeliest(stage, wish.model_id, wish.tier) if wish.is_for(r)]
+                found += meant if wish.is_drop else meant[: wish.copies]
         return found
 
     def _likeliest(self, stage: str, model_id: str, tier: Tier) -> list[CacheReplica]:
@@ -242,9 +244,10 @@ class _Drawing:
         """With what is on its way counted in, while planning: or two plans would bring one model to two replicas."""
         own = [order for (replica_id, _), order in self.orders.items() if replica_id == replica.replica_id]
         coming = [order for order in own if is_planning and not order.is_done]
-        held = [dict(tier) for tier in replica.held]
+        held = list(replica.held)
         for order in coming:
-            held[order.tier][order.model_id] = self._situation.sizes[replica.stage][order.model_id]
+            size = self._situation.sizes[replica.stage][order.model_id]
+            held[order.tier] = {**held[order.tier], order.model_id: size}
         kept = {pin.model_id for pin in self.pinned if pin.replica_id == replica.replica_id}
         released = {model_id for replica_id, model_id in self.releases if replica_id == replica.replica_id}
         return Node(

@@ -107,12 +107,15 @@ class Controller:
     async def _forget_granted(
         self, leading: Fenced, asked: Mapping[str, bytes], situation: Situation, now_s: float
     ) -> None:
-        """Removes wishes that became orders, lapsed, or are none. Without replicas there is nobody to grant one."""
+        """Removes wishes that became orders, lapsed, or are none. The others wait for a replica to be up for them."""
         wishes = _wishes(asked)
+        waiting = {
+            key
+            for key, wish in wishes.items()
+            if wish.until_s > now_s and not any(wish.is_for(replica) for replica in situation.replicas)
+        }
         for key in asked:
-            if key.startswith(keys.WISHES) and (
-                key not in wishes or wishes[key].until_s <= now_s or situation.replicas
-            ):
+            if key.startswith(keys.WISHES) and key not in waiting:
                 await leading.delete(key)
 
     async def _keep_popularity(self, leading: Fenced) -> None:

@@ -92,9 +92,9 @@ def _held(
 ) -> tuple[Mapping[str, float], Mapping[str, float], Mapping[str, float]]:
     """What each tier holds. Where host and device are one, host counts as disk does: nothing need move there."""
     device = {name: r.device_bytes or known[name] for name, r in residences.items() if _is(r.device_bytes, name, known)}
-    disk = {name: known[name] for name, r in residences.items() if _is(r.disk_bytes, name, known)}
+    disk: Mapping[str, float] = {name: known[name] for name, r in residences.items() if _is(r.disk_bytes, name, known)}
     if member.rooms is not None and member.rooms.disk_bytes is None:
-        disk = dict(known)
+        disk = known
     host = {name: known[name] for name, r in residences.items() if _is(r.host_bytes, name, known)}
     return device, disk if _is_one_memory(member) else host, disk
 

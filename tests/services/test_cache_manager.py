@@ -253,3 +253,15 @@ async def test_wishes_are_bounded(managers: Managers) -> None:
         manager.stub.Prefetch(cachemgr_pb2.PrefetchRequest(model_id="sd"), timeout=5),
     ):
         assert isinstance(await refused(call), QueueFull)
+
+
+async def test_a_wish_waits_for_a_replica_that_can_grant_it(managers: Managers) -> None:
+    await managers.replica("vae-1")
+    manager = await managers.manager()
+    wish = cachemgr_pb2.PrefetchRequest(model_id="sd", stage=stage_pb2.STAGE_DENOISER)
+    await manager.stub.Prefetch(wish, timeout=5)
+    await asyncio.sleep(0.5)
+    assert any(key.startswith(keys.WISHES) for key in managers.registry._state)
+    await managers.replica("denoiser-1")
+    await ordered(managers, "denoiser-1", "sd")
+    await until(lambda: not any(key.startswith(keys.WISHES) for key in managers.registry._state))
