@@ -8,23 +8,22 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import grpc
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from darkroom import client as darkroom_client
-from darkroom.cli_options import UsageError, default_store, parse_scaled, parse_size, read_conditions
+from darkroom.cli_cache import cache_app
+from darkroom.cli_options import default_store, parse_scaled, parse_size, read_conditions
+from darkroom.cli_running import CachemgrAddress, cachemgr_address, run_command, told
 from darkroom.cli_simulate import simulate
 from darkroom.cli_store import store_app
-from darkroom.errors import DarkroomError, InvalidRequest, NotFound
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
-from darkroom.runtime.processes import ChildFailed
 from darkroom.v1 import cachemgr_pb2
 
 DEFAULT_ROUTER_PORT = 7600
@@ -36,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(store_app, name="store")
+app.add_typer(cache_app, name="cache")
 app.command()(simulate)
 _out, _err = Console(), Console(stderr=True)
 
@@ -46,12 +46,6 @@ RouterAddress = Annotated[
     str,
     typer.Option(envvar="DARKROOM_ROUTER", help="Router to talk to, host:port. Default: the cluster of `darkroom up`."),
 ]
-CachemgrAddress = Annotated[
-    str,
-    typer.Option(
-        envvar="DARKROOM_CACHEMGR", help="Cache manager to ask, host:port. Default: the cluster of `darkroom up`."
-    ),
-]
 
 
 @app.command()
@@ -59,6 +53,7 @@ def up(  # noqa: PLR0917 - a command's options
     encoders: Annotated[int, typer.Option(min=1)] = 1,
     denoisers: Annotated[int, typer.Option(min=1)] = 2,
     vaes: Annotated[int, typer.Option(min=1)] = 1,
+    cachemgrs: Annotated[int, typer.Option(min=1, help="Cache managers; one leads.")] = 1,
     device: Annotated[str, typer.Option(help="torch device, for example cuda:0.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="torch threads of each stage process.")] = 1,
     port: Annotated[
@@ -77,6 +72,7 @@ def up(  # noqa: PLR0917 - a command's options
         encoders=encoders,
         denoisers=denoisers,
         vaes=vaes,
+        cachemgrs=cachemgrs,
         device=device,
         threads=threads,
         router_port=port,
@@ -85,7 +81,7 @@ def up(  # noqa: PLR0917 - a command's options
         default_model=default_model,
         log_folder=logs,
     )
-    _run(_up(config))
+    run_command(_up(config))
 
 
 async def _up(config: ClusterConfig) -> None:
@@ -167,7 +163,7 @@ def run(  # noqa: PLR0917 - a command's options
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of text.")] = False,
 ) -> None:
     """Draw a picture. Starts a cluster for the occasion if none is up."""
-    with _told():
+    with told():
         width, height = parse_size(size)
         drawing = darkroom_client.Drawing(
             prompt=prompt,
@@ -189,7 +185,7 @@ def run(  # noqa: PLR0917 - a command's options
             deterministic=deterministic,
         )
     store = model_store or default_store()
-    _run(_draw(drawing, output, router, store, timeout_s=timeout, as_json=as_json))
+    run_command(_draw(drawing, output, router, store, timeout_s=timeout, as_json=as_json))
 
 
 async def _draw(
@@ -249,11 +245,11 @@ def write_images(images: tuple[bytes, ...], output: Path) -> list[Path]:
 @app.command()
 def ps(cachemgr: CachemgrAddress = "", *, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """List the replicas that are up: stage, load, and the models each holds."""
-    _run(_ps(cachemgr, as_json=as_json))
+    run_command(_ps(cachemgr, as_json=as_json))
 
 
 async def _ps(cachemgr: str, *, as_json: bool) -> None:
-    async with darkroom_client.Client(router_address="", cachemgr_address=_cachemgr(cachemgr)) as client:
+    async with darkroom_client.Client(router_address="", cachemgr_address=cachemgr_address(cachemgr)) as client:
         reports = await client.replicas()
     rows = [_replica_row(report) for report in reports]
     if as_json:
@@ -304,11 +300,11 @@ def _replica_row(report: darkroom_client.ReplicaReport) -> dict[str, Any]:
 @app.command()
 def models(cachemgr: CachemgrAddress = "", *, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """List the models of the catalogue, with their defaults and schedulers."""
-    _run(_models(cachemgr, as_json=as_json))
+    run_command(_models(cachemgr, as_json=as_json))
 
 
 async def _models(cachemgr: str, *, as_json: bool) -> None:
-    async with darkroom_client.Client(router_address="", cachemgr_address=_cachemgr(cachemgr)) as client:
+    async with darkroom_client.Client(router_address="", cachemgr_address=cachemgr_address(cachemgr)) as client:
         catalogue = await client.catalogue()
     found = catalogue.models
     if as_json:
@@ -351,46 +347,12 @@ def _role(guide: cachemgr_pb2.GuideModel) -> str:
     return str(cachemgr_pb2.GuideModel.Role.Name(guide.role)).removeprefix("ROLE_").lower()
 
 
-def _cachemgr(address: str) -> str:
-    known = read_state()
-    if not address and known is None:
-        raise UsageError("no cluster is up; `darkroom up` starts one, or name a cache manager with --cachemgr", 3)
-    return address or (known.cachemgr if known else "")
-
-
 def _cluster_config(**options: Any) -> ClusterConfig:
     try:
         return ClusterConfig(**options)
     except ValueError as error:
         _err.print(f"[red]{error}[/]")
         raise typer.Exit(2) from error
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    with _told():
-        asyncio.run(work)
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Says what went wrong inside in one line, and exits with the code that fits."""
-    try:
-        yield
-    except DarkroomError as error:
-        _err.print(f"[red]{error.message}[/]  ({error.reason()})", highlight=False, soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, InvalidRequest | NotFound) else 1) from error
-    except UsageError as error:
-        _err.print(f"[red]{error}[/]", highlight=False, soft_wrap=True)
-        raise typer.Exit(error.code) from error
-    except (ChildFailed, TimeoutError, FileNotFoundError) as error:
-        _err.print(f"[red]{str(error) or 'the cluster did not become ready in time'}[/]", highlight=False)
-        raise typer.Exit(1) from error
-    except grpc.aio.AioRpcError as error:
-        _err.print(f"[red]the cluster failed: {error.details()}[/] ({error.code().name})", highlight=False)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        _err.print("Interrupted.")
-        raise typer.Exit(130) from None
 
 
 def main() -> None:

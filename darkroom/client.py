@@ -1,10 +1,10 @@
 """The Python client: draws pictures through a router, asks a cache manager what is up."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
@@ -142,25 +142,53 @@ class Client:
 
     async def catalogue(self) -> cachemgr_pb2.ListModelsResponse:
         """Models and LoRAs."""
-        try:
-            response = await self._cache_manager().ListModels(
-                cachemgr_pb2.ListModelsRequest(), timeout=_QUESTION_TIMEOUT_S
-            )
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, "cachemgr") or error from error
-        found: cachemgr_pb2.ListModelsResponse = response
+        found: cachemgr_pb2.ListModelsResponse = await _answer(
+            self._cache_manager().ListModels(cachemgr_pb2.ListModelsRequest(), timeout=_QUESTION_TIMEOUT_S)
+        )
         return found
 
     async def replicas(self) -> list[ReplicaReport]:
         """Every stage replica that is up, each asked for its state."""
-        try:
-            response = await self._cache_manager().DescribeCache(
-                cachemgr_pb2.DescribeCacheRequest(), timeout=_QUESTION_TIMEOUT_S
-            )
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, "cachemgr") or error from error
+        response = await self.cache()
         states = await asyncio.gather(*(self._describe(replica.address) for replica in response.replicas))
         return [ReplicaReport(replica, state) for replica, state in zip(response.replicas, states, strict=True)]
+
+    async def cache(self) -> cachemgr_pb2.DescribeCacheResponse:
+        """What replicas hold, tier by tier, what is asked for, and the plan."""
+        found: cachemgr_pb2.DescribeCacheResponse = await _answer(
+            self._cache_manager().DescribeCache(cachemgr_pb2.DescribeCacheRequest(), timeout=_QUESTION_TIMEOUT_S)
+        )
+        return found
+
+    async def prefetch(
+        self, model_id: str, *, tier: str = "device", stage: str = "", replica_id: str = "", copy_count: int = 1
+    ) -> None:
+        """Asks for a model to be brought near; `tier`: device, host or disk. Replicas do it when they are idle."""
+        request = cachemgr_pb2.PrefetchRequest(
+            model_id=model_id,
+            tier=f"TIER_{tier.upper()}",
+            stage=f"STAGE_{(stage or 'unspecified').upper()}",
+            replica_id=replica_id,
+            copy_count=copy_count,
+        )
+        await _answer(self._cache_manager().Prefetch(request, timeout=_QUESTION_TIMEOUT_S))
+
+    async def pin(self, model_id: str, *, copy_count: int = 1) -> None:
+        """Keeps a model on the devices of so many replicas of each stage; 0 means all."""
+        request = cachemgr_pb2.PinRequest(model_id=model_id, copy_count=copy_count)
+        await _answer(self._cache_manager().Pin(request, timeout=_QUESTION_TIMEOUT_S))
+
+    async def unpin(self, model_id: str) -> None:
+        """Ends a pin."""
+        request = cachemgr_pb2.PinRequest(model_id=model_id, unpin=True)
+        await _answer(self._cache_manager().Pin(request, timeout=_QUESTION_TIMEOUT_S))
+
+    async def drop(self, model_id: str, *, stage: str = "", replica_id: str = "") -> None:
+        """Asks replicas to let a model go once no request uses it."""
+        request = cachemgr_pb2.DropRequest(
+            model_id=model_id, stage=f"STAGE_{(stage or 'unspecified').upper()}", replica_id=replica_id
+        )
+        await _answer(self._cache_manager().Drop(request, timeout=_QUESTION_TIMEOUT_S))
 
     def _cache_manager(self) -> cachemgr_pb2_grpc.CacheManagerServiceStub:
         return cachemgr_pb2_grpc.CacheManagerServiceStub(self._channels.to(self._cachemgr))
@@ -174,6 +202,14 @@ class Client:
         except grpc.aio.AioRpcError:
             return None  # shown as not answering
         return answer
+
+
+async def _answer(call: Awaitable[Any]) -> Any:
+    """The cache manager's answer. Raises DarkroomError."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error, "cachemgr") or error from error
 
 
 def stage_name(stage: int) -> str:

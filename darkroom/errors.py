@@ -18,6 +18,7 @@
     ├── UnusableLora          likewise
     ├── UnusableCheckpoint    start again without it
     ├── StaleEpoch            give up: a later attempt has taken over
+    ├── Deposed               step down: another leader may have been elected
     ├── DigestMismatch        bytes are not what their name says
     ├── Overloaded            try again after `retry_after_s`
     │   ├── QueueFull
@@ -166,6 +167,13 @@ class StaleEpoch(DarkroomError):
 
     def __init__(self, epoch: str, latest: str) -> None:
         super().__init__(f"epoch {epoch} is over: epoch {latest} has taken over", epoch=epoch, latest=latest)
+
+
+class Deposed(DarkroomError):
+    """A leader's write came after its term had ended; nothing was written."""
+
+    def __init__(self, term: str) -> None:
+        super().__init__(f"term {term} is over: nothing was written", term=term)
 
 
 class DigestMismatch(DarkroomError):

@@ -21,7 +21,7 @@ from diffusers.pipelines.auto_pipeline import AUTO_INPAINT_PIPELINES_MAPPING, AU
 from torch.utils._pytree import register_pytree_node
 from transformers import PreTrainedModel
 
-from darkroom.errors import ModelNotFound, UnusableModel
+from darkroom.errors import DarkroomError, ModelNotFound, UnusableModel
 from darkroom.families import FAMILIES, REFINERS, UNSUPPORTED, Family
 from darkroom.models.derived import NotDerivable, derived_family
 from darkroom.models.previews import PreviewMap, load_map
@@ -29,7 +29,7 @@ from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Absent, Batched
 from darkroom.models.store.host import Corrupt
 from darkroom.models.store.model_store import ModelStore, store_of
-from darkroom.models.weights import LOADING_ERRORS, load_networks, network_size
+from darkroom.models.weights import LOADING_ERRORS, files_of, load_networks, network_size
 from darkroom.wire.fields import MAX_SEQUENCE_LENGTH
 
 _log = structlog.get_logger()
@@ -163,6 +163,29 @@ def part_sizes(where: Path | ModelStore, model_id: str, stage: str, device: torc
         )
     except LOADING_ERRORS as error:
         raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
+
+
+def fetch_part(where: Path | ModelStore, model_id: str, stage: str) -> None:
+    """Brings the files of a stage's part to this node. Raises ModelNotFound, UnusableModel or StoreUnavailable."""
+    store = store_of(where)
+    folder = store.fetch_configs(model_id)
+    if not (folder / "model_index.json").is_file():
+        raise ModelNotFound(model_id)
+    store.fetch_weights(model_id, *_networks_of(model_id, *_read_family(store, folder), stage))
+
+
+def part_files(where: Path | ModelStore, model_id: str, stage: str) -> list[Path] | None:
+    """The weights of a stage's part, where all of them lie on this node; None where not, or where nobody can tell."""
+    store = store_of(where)
+    folder = store.root / model_id
+    try:
+        index, family = _read_family(store, folder)
+        found: list[Path] = []
+        for name in _networks_of(model_id, index, family, stage):
+            found += files_of(_component_class(model_id, name, *index[name]), folder / name)
+        return found if all(path.is_file() for path in found) else None
+    except (DarkroomError, *LOADING_ERRORS):
+        return None
 
 
 def _read_object(folder: Path, name: str, model_id: str) -> dict[str, Any]:

@@ -132,6 +132,17 @@ class OnDemand(Generic[K, T]):
         for key in [key for key in self._loads if is_meant(key)]:
             self._forget(key)
 
+    def release(self, key: K) -> bool:
+        """Drops what is loaded unless a request uses it. Returns whether it is gone."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return True
+        if not entry.is_loaded or entry.holder_count:
+            return False
+        self.residency.remove(entry)
+        self._drop(key)
+        return True
+
     def _forget(self, key: K) -> None:
         del self._loads[key]
         self.residency.remove(self._entries.pop(key))

@@ -23,6 +23,9 @@ from darkroom.models.remote import Send
 from darkroom.models.residency import Residency
 from darkroom.models.store.host import Corrupt
 from darkroom.models.store.model_store import ModelStore, store_of
+from darkroom.models.tiers import Copy, PartTiers
+from darkroom.policy.appraisal import Asked
+from darkroom.policy.worth import Tier
 from darkroom.wire.tasks import LoraUse
 
 T = TypeVar("T")
@@ -88,7 +91,8 @@ class StageReplica:
         """What decides what leaves the device, and what lies behind it."""
         self._residency = Residency(device_budget_bytes, eviction=self.eviction)
         self._shared: list[OnDemand[Any, Any]] = []
-        self._announced: set[str] = set()
+        self._announced: dict[str, Copy] = {}
+        self._tiers = PartTiers(self.store, stage)
         self.share(self._parts)
         self._max_lora_bytes = max_lora_bytes
         self._running = self._finished = 0
@@ -130,12 +134,13 @@ class StageReplica:
         shared.on_loaded, shared.on_dropped = self._announce, self._announce_dropped
 
     async def _announce(self, added: LoneNetwork | Part) -> None:
-        self._announced.add(added.model_id)
+        device_bytes = sum(state.resident_bytes for state in added.network_states())
+        self._announced[added.model_id] = Copy(device_bytes=device_bytes, load_s=added.load_s)
         if self.on_loaded:
             await self.on_loaded(set(self._announced))
 
     def _announce_dropped(self, dropped: LoneNetwork | Part) -> None:
-        self._announced.discard(dropped.model_id)
+        self._announced.pop(dropped.model_id, None)
         if isinstance(dropped, Part):
             adapters = dropped.beside.pop("loras", None)
             if adapters:
@@ -158,6 +163,39 @@ class StageReplica:
             for use in loras:
                 self._prefetch(use.lora_id)
         return await self._parts.get(model_id)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no request."""
+        return not self._running
+
+    async def bring(self, model_id: str, tier: Tier) -> None:
+        """Brings its part of a model to a tier, for later requests. Raises what `part` raises, or DeviceFull."""
+        if tier is Tier.DEVICE:
+            await self.part(model_id)
+        else:
+            await asyncio.to_thread(self._tiers.bring, model_id, tier)
+
+    async def release(self, model_id: str) -> bool:
+        """Lets a model go from device and memory unless it is used or must stay. Returns whether it is gone."""
+        if model_id in self.eviction.pinned or not self._parts.release(model_id):
+            return False
+        await asyncio.to_thread(self.store.forget, model_id)
+        return True
+
+    def keep(self, model_ids: frozenset[str]) -> None:
+        """From now on these stay once they are here, and no others. Loads that wait for room look again."""
+        if model_ids != self.eviction.pinned:
+            self.eviction.pin(model_ids)
+            self._residency.look_again()
+
+    def tell(self, asked: Mapping[str, Asked], *, fresh_s: float) -> None:
+        """What the whole cluster is asked for counts for so long in what leaves."""
+        self.eviction.tell(asked, fresh_s=fresh_s)
+
+    def copies(self, model_ids: Collection[str]) -> dict[str, Copy]:
+        """What it has of models, on any tier: of those it ever had, and of `model_ids`. Looks at the disk."""
+        return self._tiers.copies(dict(self._announced), model_ids)
 
     def _prefetch(self, lora_id: str) -> None:
         """Whatever goes wrong is said when the LoRA is asked for."""

@@ -161,6 +161,10 @@ class Residency:
             except TimeoutError:
                 raise DeviceFull(entry.name, _RETRY_AFTER_S) from None
 
+    def look_again(self) -> None:
+        """Other entries may go now than a moment ago: loads that wait for room try anew."""
+        self._released.set()
+
     def remove(self, entry: Entry) -> None:
         """Counts an entry out: it is gone, or did not come."""
         if entry in self._entries:

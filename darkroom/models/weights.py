@@ -117,14 +117,18 @@ def running_dtype(folder: Path, device: torch.device) -> torch.dtype:
     return _STORED_TYPES.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
 
 
+def files_of(kind: Any, folder: Path) -> list[Path]:
+    """A network's weights files. Raises ValueError or OSError."""
+    try:
+        return list(weights_files(kind, folder)[0])
+    except Unhandled:
+        return sorted(folder.glob("*.safetensors"))
+
+
 def network_size(kind: Any, folder: Path, device: torch.device) -> tuple[str, int]:
     """A name for the network's files, and the bytes that it takes on the device. Raises ValueError or OSError."""
-    try:
-        paths, _ = weights_files(kind, folder)
-    except Unhandled:
-        paths = sorted(folder.glob("*.safetensors"))
     width, total, name = running_dtype(folder, device).itemsize, 0, f"{device}"
-    for path in paths:
+    for path in files_of(kind, folder):
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             name += f"|{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"

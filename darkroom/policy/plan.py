@@ -25,7 +25,9 @@ class Node:
     held: tuple[Mapping[str, float], ...]
     """What each of them holds, by name, in bytes."""
     busy_names: frozenset[str] = frozenset()
-    """What requests use now, which cannot be pushed out."""
+    """What requests use now, or operators keep there, which cannot be pushed out."""
+    barred_names: frozenset[str] = frozenset()
+    """What must not move there for now."""
 
     def tier_of(self, name: str) -> Tier:
         """The nearest that holds a model."""
@@ -33,7 +35,7 @@ class Node:
 
     def may_take(self, name: str, tier: Tier) -> bool:
         """Whether a model could move to a tier now, from the next one."""
-        if self.is_loading or self.tier_of(name) != tier + 1:
+        if self.is_loading or name in self.barred_names or self.tier_of(name) != tier + 1:
             return False
         return self.is_idle or tier is not Tier.DEVICE
 
@@ -73,6 +75,8 @@ def plan_moves(
     taken: set[str] = set()
     moves: list[Move] = []
     for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK):
+        if all(sizes.keys() <= node.held[tier].keys() for node in nodes):
+            continue  # everything lies there already: to count thousands of names takes long
         round_ = _Round(tier, Counter(name for node in nodes for name in node.held[tier]), worth, now_s, config)
         for name, size_bytes in round_.ranked(sizes):
             free = [node for node in nodes if node.node_id not in taken and node.may_take(name, tier)]
@@ -82,6 +86,15 @@ def plan_moves(
                 taken.add(best.node_id)
                 moves.append(best)
     return moves
+
+
+def is_still_worth(
+    node: Node, name: str, tier: Tier, *, nodes: Sequence[Node], size_bytes: float, worth: Worth, now_s: float
+) -> bool:
+    """Whether a move that was begun gains more than it costs: the margin is for beginning."""
+    counts = Counter(other for each in nodes for other in each.held[tier])
+    lenient = PlanConfig(margin=1.0, least_gains_s=(0.0, 0.0, 0.0))
+    return _Round(tier, counts, worth, now_s, lenient).move(node, name, size_bytes) is not None
 
 
 @dataclass(frozen=True, slots=True)

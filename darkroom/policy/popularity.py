@@ -6,7 +6,7 @@ and models stay popular for days.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 WINDOWS_S = (300.0, 3600.0, 43200.0)
@@ -56,6 +56,16 @@ class Popularity:
         for name in [n for n in self._counts if self._decayed(n, now_s)[-1] < _FORGOTTEN]:
             del self._counts[name], self._noted_s[name]
         return {name: self.rate(name, now_s) for name in sorted(self._counts)}
+
+    def counts(self, now_s: float) -> dict[str, tuple[float, ...]]:
+        """The decayed counts as they are now, by name: all there is to know, for `restore`."""
+        return {name: tuple(self._decayed(name, now_s)) for name in self.rates(now_s)}
+
+    def restore(self, counts: Mapping[str, Sequence[float]], then_s: float) -> None:
+        """Takes over what `counts` gave at a time, of things that nothing is known about yet."""
+        for name, values in counts.items():
+            if name not in self._counts and len(values) == len(self._windows_s):
+                self._counts[name], self._noted_s[name] = list(values), then_s
 
     def bands(self, now_s: float) -> dict[str, Band]:
         """The band of each thing asked for: by rank, at least one is hot."""

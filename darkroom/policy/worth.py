@@ -89,19 +89,28 @@ class Worth:
         self._run_s: dict[str, float] = {}
         self._missed: dict[tuple[str, Tier, int], tuple[float, float]] = {}
 
-    def add(self, name: str, now_s: float, run_s: float) -> None:
-        """Notes a request for a model, and how long it keeps a device busy."""
-        self.popularity.add(name, now_s)
+    def add(self, name: str, now_s: float, run_s: float, count: int = 1) -> None:
+        """Notes requests for a model, and how long each keeps a device busy."""
+        self.popularity.add(name, now_s, count)
         before_s = self._run_s.get(name, run_s)
-        self._run_s[name] = before_s + self._config.run_weight * (run_s - before_s)
+        weight = self._config.run_weight if count == 1 else 1 - (1 - self._config.run_weight) ** count
+        self._run_s[name] = before_s + weight * (run_s - before_s)
+
+    def run_s(self, name: str) -> float:
+        """How long a request keeps a device busy, on average; 0 for a model that nobody asked for."""
+        return self._run_s.get(name, 0.0)
+
+    def restore(self, name: str, run_s: float) -> None:
+        """Takes over what `run_s` gave, for a model that nothing is known about yet."""
+        self._run_s.setdefault(name, run_s)
 
     def missed_share(self, name: str, tier: Tier, others: int, now_s: float) -> float:
         """Probability that a request misses one copy soon, with `others` like it. Some seconds old at most."""
         key = (name, tier, others)
         known = self._missed.get(key)
         if known is None or now_s - known[0] > _AGE_S:
-            rate, run_s = self.popularity.rate(name, now_s), self._run_s.get(name, 0.0)
-            known = self._missed[key] = (now_s, self.missed_share_at(rate, run_s, tier, others))
+            share = self.missed_share_at(self.popularity.rate(name, now_s), self.run_s(name), tier, others)
+            known = self._missed[key] = (now_s, share)
         return known[1]
 
     def missed_share_at(self, rate: float, run_s: float, tier: Tier, others: int) -> float:

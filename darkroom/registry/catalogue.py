@@ -13,7 +13,7 @@ from darkroom.registry.model_entry import (
     ModelEntry,
 )
 from darkroom.registry.model_store import StoreListing, read_model_store
-from darkroom.registry.port import Registry
+from darkroom.registry.port import Keys
 
 __all__ = [
     "CONTROLNET",
@@ -29,8 +29,11 @@ __all__ = [
 ]
 
 
-async def publish_catalogue(registry: Registry, entries: Iterable[Entry]) -> None:
-    """Makes the registry's catalogue equal to `entries`, writing only what differs. Raises RegistryUnavailable."""
+async def publish_catalogue(registry: Keys, entries: Iterable[Entry]) -> None:
+    """Makes the registry's catalogue equal to `entries`, writing only what differs.
+
+    Raises RegistryUnavailable, or Deposed where `registry` is a leader's.
+    """
     wanted = {keys.model(entry.entry_id): entry.to_json() for entry in entries}
     held = await registry.read(keys.MODELS)
     for key, value in wanted.items():

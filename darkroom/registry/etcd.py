@@ -5,10 +5,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from etcd3aio.kv import KVService
 
+from darkroom.errors import Deposed
 from darkroom.registry.etcd_connection import EtcdConnection, Link
 from darkroom.registry.etcd_watch import watch_prefix
-from darkroom.registry.port import LeaseId
+from darkroom.registry.port import Claim, Guard, LeaseId, Revision
 
 
 class EtcdRegistry:
@@ -22,13 +24,35 @@ class EtcdRegistry:
         """Every key that starts with `prefix`."""
         return (await self._connection.list(prefix)).state
 
-    async def put(self, key: str, value: bytes, *, lease: LeaseId | None = None) -> None:
+    async def put(self, key: str, value: bytes, *, lease: LeaseId | None = None, guard: Guard | None = None) -> None:
         """Writes the key, under this lease and no longer under another."""
-        await self._connection.call("put", lambda link: link.kv.put(key, value, lease=lease or 0))
+        if guard is None:
+            await self._connection.call("put", lambda link: link.kv.put(key, value, lease=lease or 0))
+        else:
+            await self._guarded("put", guard, KVService.txn_op_put(key, value, lease=lease or 0))
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: str, *, guard: Guard | None = None) -> None:
         """Removes the key if it is there."""
-        await self._connection.call("delete", lambda link: link.kv.delete(key))
+        if guard is None:
+            await self._connection.call("delete", lambda link: link.kv.delete(key))
+        else:
+            await self._guarded("delete", guard, KVService.txn_op_delete(key))
+
+    async def claim(self, key: str, value: bytes, *, lease: LeaseId) -> Claim:
+        """Writes the key unless it is there, in one transaction."""
+        is_vacant = KVService.txn_compare_create_revision(key, 0)
+        put, get = KVService.txn_op_put(key, value, lease=lease), KVService.txn_op_get(key)
+        answer: Any = await self._connection.call("claim", lambda link: link.kv.txn([is_vacant], [put], [get]))
+        if answer.succeeded:
+            return Claim(value=value, created=Revision(answer.header.revision))
+        found = answer.responses[0].response_range.kvs[0]
+        return Claim(value=bytes(found.value), created=Revision(found.create_revision))
+
+    async def _guarded(self, what: str, guard: Guard, operation: Any) -> None:
+        holds = KVService.txn_compare_create_revision(guard.key, guard.created)
+        answer: Any = await self._connection.call(what, lambda link: link.kv.txn([holds], [operation]))
+        if not answer.succeeded:
+            raise Deposed(str(guard.created))
 
     async def grant(self, ttl_s: int) -> LeaseId:
         """A new lease. etcd makes a short one longer: at least 1.5 of its election timeouts."""

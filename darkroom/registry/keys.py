@@ -2,7 +2,12 @@
 
 /darkroom/v1/members/{stage}/{replica_id}           under the replica's lease
 /darkroom/v1/residency/{replica_id}/{model_id}      under the replica's lease
-/darkroom/v1/models/{model_id}                      kept
+/darkroom/v1/models/{model_id}                      kept, written by the cache manager's leader
+/darkroom/v1/election/cachemgr                      under the leader's lease; its creation is the term
+/darkroom/v1/cache/plan                             kept, written by the leader
+/darkroom/v1/cache/popularity                       kept, written by the leader
+/darkroom/v1/wishes/pins/{model_id}                 kept, written for operators
+/darkroom/v1/wishes/once/{wish_id}                  written for operators, removed by the leader
 """
 
 import re
@@ -12,6 +17,12 @@ ROOT = "/darkroom/v1/"
 MEMBERS = f"{ROOT}members/"
 RESIDENCY = f"{ROOT}residency/"
 MODELS = f"{ROOT}models/"
+ELECTION = f"{ROOT}election/cachemgr"
+PLAN = f"{ROOT}cache/plan"
+POPULARITY = f"{ROOT}cache/popularity"
+ASKED = f"{ROOT}wishes/"
+PINS = f"{ASKED}pins/"
+WISHES = f"{ASKED}once/"
 
 _SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -50,6 +61,28 @@ def residency(replica_id: str, model_id: str) -> str:
 def model(model_id: str) -> str:
     """Raises ValueError for a name that cannot be part of a key."""
     return f"{MODELS}{_segment('model_id', model_id)}"
+
+
+def pin(model_id: str) -> str:
+    """Raises ValueError for a name that cannot be part of a key."""
+    return f"{PINS}{_segment('model_id', model_id)}"
+
+
+def wish(wish_id: str) -> str:
+    """Raises ValueError for a name that cannot be part of a key."""
+    return f"{WISHES}{_segment('wish_id', wish_id)}"
+
+
+def parse_pin(key: str) -> str:
+    """The model_id. Raises ValueError for any other key."""
+    (model_id,) = _segments(key, PINS, 1)
+    return model_id
+
+
+def parse_wish(key: str) -> str:
+    """The wish_id. Raises ValueError for any other key."""
+    (wish_id,) = _segments(key, WISHES, 1)
+    return wish_id
 
 
 def parse_member(key: str) -> MemberKey:

@@ -8,13 +8,16 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Collection
-from typing import Generic, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from typing import Any, Generic, TypeVar
 
 from darkroom.errors import RegistryUnavailable
 from darkroom.registry import keys
+from darkroom.registry.json_fields import whole, whole_or_none, yes
 from darkroom.registry.model_entry import Entry, GuideEntry, LoraEntry, ModelEntry, parse_entry
-from darkroom.registry.port import LeaseId, Member, Registry
+from darkroom.registry.port import LeaseId, Member, Registry, Rooms
+from darkroom.registry.residence import LOADED, Residence
 
 T = TypeVar("T")
 
@@ -36,13 +39,15 @@ class Registration:
         """`ttl_s` is how long a dead process stays listed. Raises ValueError for a name that cannot be a key."""
         self._registry = registry
         self._key = keys.member(member.stage, member.replica_id)
-        self._value = json.dumps({"address": member.address, "device": member.device}).encode()
+        self._value = _member_json(member)
         self._replica_id = member.replica_id
         self._ttl_s = ttl_s
         self._lease: LeaseId | None = None
         self._lease_ends_s = 0.0
-        self._model_ids: frozenset[str] = frozenset()
+        self._residences: dict[str, Residence] = {}
         self._are_models_written = True
+        self._written: dict[str, bytes] | None = None
+        """What the registry has under the lease; None if that has to be read."""
         self._has_left = False
         self._writing = asyncio.Lock()
 
@@ -65,13 +70,18 @@ class Registration:
             await asyncio.sleep(pause_s)
 
     async def set_models(self, model_ids: Collection[str]) -> None:
-        """Replaces what the replica says it holds. While the registry is away it is remembered, and said afterwards.
+        """Replaces what the replica says it holds by models on its device, without saying how large they are."""
+        await self.set_residences(dict.fromkeys(model_ids, LOADED))
 
-        Raises ValueError for an id that cannot be part of a key.
+    async def set_residences(self, residences: Mapping[str, Residence]) -> None:
+        """Replaces what the replica says it holds, by model.
+
+        While the registry is away it is remembered, and said afterwards. Raises ValueError for an id that cannot be
+        part of a key.
         """
-        for model_id in model_ids:
+        for model_id in residences:
             keys.residency(self._replica_id, model_id)
-        self._model_ids = frozenset(model_ids)
+        self._residences = dict(residences)
         self._are_models_written = False
         try:
             await self._write_models()
@@ -105,19 +115,26 @@ class Registration:
             lease = await self._registry.grant(self._ttl_s)
             await self._registry.put(self._key, self._value, lease=lease)
             self._lease, self._lease_ends_s = lease, asked_s + self._ttl_s
-            self._are_models_written = False
+            self._are_models_written, self._written = False, None
 
     async def _write_models(self) -> None:
         async with self._writing:
-            lease, model_ids = self._lease, self._model_ids
+            lease, residences = self._lease, self._residences
             if lease is None or self._are_models_written:
                 return
-            wanted = {keys.residency(self._replica_id, model_id) for model_id in model_ids}
+            wanted = {
+                keys.residency(self._replica_id, name): residence.to_json() for name, residence in residences.items()
+            }
+            written, self._written = self._written, None  # which it stays if a write fails
+            if written is None:
+                written = dict.fromkeys(await self._registry.read(keys.residency_of(self._replica_id)), b"unknown")
             for key in sorted(wanted):
-                await self._registry.put(key, b"", lease=lease)
-            for key in (await self._registry.read(keys.residency_of(self._replica_id))).keys() - wanted:
+                if written.get(key) != wanted[key]:
+                    await self._registry.put(key, wanted[key], lease=lease)
+            for key in written.keys() - wanted.keys():
                 await self._registry.delete(key)
-            self._are_models_written = model_ids is self._model_ids
+            self._written = wanted
+            self._are_models_written = residences is self._residences
 
 
 class _Shelf(Generic[T]):
@@ -154,10 +171,11 @@ class ClusterView:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._member_shelf = _Shelf(keys.MEMBERS, _parse_member)
-        self._residency_shelf = _Shelf(keys.RESIDENCY, lambda key, _: keys.parse_residency(key))
+        self._residency_shelf = _Shelf(keys.RESIDENCY, _parse_residency)
         self._entry_shelf = _Shelf(keys.MODELS, _parse_entry)
         self._members: tuple[Member, ...] = ()
         self._held: dict[str, tuple[str, ...]] = {}
+        self._residences: dict[str, dict[str, Residence]] = {}
         self._models: dict[str, ModelEntry] = {}
         self._loras: dict[str, LoraEntry] = {}
         self._guides: dict[str, GuideEntry] = {}
@@ -173,8 +191,12 @@ class ClusterView:
         return self._members if stage is None else tuple(member for member in self._members if member.stage == stage)
 
     def models_of(self, replica_id: str) -> tuple[str, ...]:
-        """The ids of the models that the replica says it holds, sorted."""
+        """The ids of the models that the replica says are on its device, sorted."""
         return self._held.get(replica_id, ())
+
+    def residences_of(self, replica_id: str) -> Mapping[str, Residence]:
+        """What the replica says it has on any tier, by model_id, sorted."""
+        return self._residences.get(replica_id, {})
 
     def models(self) -> tuple[ModelEntry, ...]:
         """The catalogue's models, by model_id."""
@@ -224,10 +246,14 @@ class ClusterView:
         self._members = tuple(sorted(found, key=lambda member: (member.stage, member.replica_id)))
 
     def _index_residency(self) -> None:
-        held: dict[str, tuple[str, ...]] = {}
-        for _, key in sorted(self._residency_shelf.values.items()):
-            held[key.replica_id] = (*held.get(key.replica_id, ()), key.model_id)
-        self._held = held
+        residences: dict[str, dict[str, Residence]] = {}
+        for _, (key, residence) in sorted(self._residency_shelf.values.items(), key=lambda item: item[0]):
+            residences.setdefault(key.replica_id, {})[key.model_id] = residence
+        self._residences = residences
+        self._held = {
+            replica_id: tuple(model_id for model_id, residence in held.items() if residence.device_bytes is not None)
+            for replica_id, held in residences.items()
+        }
 
     def _index_entries(self) -> None:
         found = [entry for _, entry in sorted(self._entry_shelf.values.items())]
@@ -236,17 +262,39 @@ class ClusterView:
         self._guides = {entry.guide_id: entry for entry in found if isinstance(entry, GuideEntry)}
 
 
+def _member_json(member: Member) -> bytes:
+    rooms = {} if member.rooms is None else {"rooms": asdict(member.rooms)}
+    return json.dumps({"address": member.address, "device": member.device, **rooms}).encode()
+
+
 def _parse_member(key: str, value: bytes) -> Member:
     """Raises ValueError for what is no member."""
     name = keys.parse_member(key)
     try:
         fields = json.loads(value)
         address, device = fields["address"], fields.get("device", "")
+        rooms = _parse_rooms(fields.get("rooms"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{key} is no member: {error!r}") from error
     if not isinstance(address, str) or not _ADDRESS.fullmatch(address) or not isinstance(device, str):
         raise ValueError(f"{key} is no member: its address is not host:port, or its device not text")
-    return Member(replica_id=name.replica_id, stage=name.stage, address=address, device=device)
+    return Member(replica_id=name.replica_id, stage=name.stage, address=address, device=device, rooms=rooms)
+
+
+def _parse_rooms(value: Any) -> Rooms | None:
+    if value is None:
+        return None
+    return Rooms(
+        device_bytes=whole(value["device_bytes"]),
+        host_bytes=whole(value["host_bytes"]),
+        disk_bytes=whole_or_none(value["disk_bytes"]),
+        evicts=yes(value["evicts"]),
+    )
+
+
+def _parse_residency(key: str, value: bytes) -> tuple[keys.ResidencyKey, Residence]:
+    """Raises ValueError for what is no residency."""
+    return keys.parse_residency(key), Residence.from_json(value)
 
 
 def _parse_entry(key: str, value: bytes) -> Entry:

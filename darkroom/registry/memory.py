@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from darkroom.errors import RegistryUnavailable
-from darkroom.registry.port import LeaseId
+from darkroom.errors import Deposed, RegistryUnavailable
+from darkroom.registry.port import Claim, Guard, LeaseId, Revision
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,6 +23,8 @@ class MemoryRegistry:
 
     def __init__(self) -> None:
         self._state: dict[str, bytes] = {}
+        self._created: dict[str, Revision] = {}
+        self._revision = 0
         self._leases: dict[LeaseId, _Lease] = {}
         self._granted_count = 0
         self._is_reachable = True
@@ -38,23 +40,32 @@ class MemoryRegistry:
         self._check("read")
         return self._under(prefix)
 
-    async def put(self, key: str, value: bytes, *, lease: LeaseId | None = None) -> None:
+    async def put(self, key: str, value: bytes, *, lease: LeaseId | None = None, guard: Guard | None = None) -> None:
         """Writes the key, under this lease and no longer under another."""
-        self._check("put")
+        self._check("put", guard)
         if lease is not None and lease not in self._leases:
             raise RegistryUnavailable(f"put: lease {lease} has ended")
         self._detach(key)
         if lease is not None:
             self._leases[lease].keys.add(key)
         self._state[key] = value
+        self._revision += 1
+        self._created.setdefault(key, Revision(self._revision))
         self._announce()
 
-    async def delete(self, key: str) -> None:
+    async def delete(self, key: str, *, guard: Guard | None = None) -> None:
         """Removes the key if it is there."""
-        self._check("delete")
+        self._check("delete", guard)
         self._detach(key)
-        self._state.pop(key, None)
+        self._remove(key)
         self._announce()
+
+    async def claim(self, key: str, value: bytes, *, lease: LeaseId) -> Claim:
+        """Writes the key unless it is there."""
+        self._check("claim")
+        if key not in self._state:
+            await self.put(key, value, lease=lease)
+        return Claim(value=self._state[key], created=self._created[key])
 
     async def grant(self, ttl_s: int) -> LeaseId:
         """A new lease."""
@@ -94,9 +105,15 @@ class MemoryRegistry:
     async def close(self) -> None:
         """Nothing: the others who share it go on."""
 
-    def _check(self, what: str) -> None:
+    def _check(self, what: str, guard: Guard | None = None) -> None:
         if not self._is_reachable:
             raise RegistryUnavailable(f"{what}: cut off")
+        if guard is not None and self._created.get(guard.key) != guard.created:
+            raise Deposed(str(guard.created))
+
+    def _remove(self, key: str) -> None:
+        self._state.pop(key, None)
+        self._created.pop(key, None)
 
     def _under(self, prefix: str) -> dict[str, bytes]:
         return {key: value for key, value in self._state.items() if key.startswith(prefix)}
@@ -118,5 +135,5 @@ class MemoryRegistry:
             return
         held.timer.cancel()
         for key in held.keys:
-            self._state.pop(key, None)
+            self._remove(key)
         self._announce()

@@ -1,9 +1,10 @@
 """What the cluster knows about a model, LoRA or guide without loading it: all that requests are checked by. Pure."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Self, TypeAlias
+
+from darkroom.registry.json_fields import finite, finite_or_none, items, text, whole
 
 CONTROLNET, IP_ADAPTER = "controlnet", "ip_adapter"
 """What a guide can be."""
@@ -58,16 +59,16 @@ class ModelEntry:
         try:
             fields = json.loads(value)
             return cls(
-                model_id=_text(fields["model_id"]),
-                pipeline=_text(fields["pipeline"]),
-                components=tuple(_component(component) for component in _items(fields["components"])),
-                schedulers=tuple(_text(name) for name in _items(fields["schedulers"])),
-                default_width_px=_whole(fields["default_width_px"]),
-                default_height_px=_whole(fields["default_height_px"]),
-                size_multiple_px=_whole(fields["size_multiple_px"]),
-                default_step_count=_whole(fields["default_step_count"]),
-                default_guidance_scale=_finite(fields["default_guidance_scale"]),
-                guided_above=_finite_or_none(fields.get("guided_above", 1.0)),
+                model_id=text(fields["model_id"]),
+                pipeline=text(fields["pipeline"]),
+                components=tuple(_component(component) for component in items(fields["components"])),
+                schedulers=tuple(text(name) for name in items(fields["schedulers"])),
+                default_width_px=whole(fields["default_width_px"]),
+                default_height_px=whole(fields["default_height_px"]),
+                size_multiple_px=whole(fields["size_multiple_px"]),
+                default_step_count=whole(fields["default_step_count"]),
+                default_guidance_scale=finite(fields["default_guidance_scale"]),
+                guided_above=finite_or_none(fields.get("guided_above", 1.0)),
             )
         except (KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not a model entry: {error!r}") from error
@@ -102,11 +103,11 @@ class LoraEntry:
             fields = json.loads(value)
             base_model = fields["base_model"]
             return cls(
-                lora_id=_text(fields["lora_id"]),
-                base_model=None if base_model is None else _text(base_model),
-                default_scale=_finite(fields["default_scale"]),
-                stages=tuple(_text(stage) for stage in _items(fields["stages"])),
-                size_bytes=_whole(fields["size_bytes"]),
+                lora_id=text(fields["lora_id"]),
+                base_model=None if base_model is None else text(base_model),
+                default_scale=finite(fields["default_scale"]),
+                stages=tuple(text(stage) for stage in items(fields["stages"])),
+                size_bytes=whole(fields["size_bytes"]),
             )
         except (KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not a LoRA entry: {error!r}") from error
@@ -142,11 +143,11 @@ class GuideEntry:
             fields = json.loads(value)
             base_model = fields["base_model"]
             return cls(
-                guide_id=_text(fields["guide_id"]),
-                role=_text(fields["role"]),
-                pipelines=tuple(_text(name) for name in _items(fields["pipelines"])),
-                base_model=None if base_model is None else _text(base_model),
-                size_bytes=_whole(fields["size_bytes"]),
+                guide_id=text(fields["guide_id"]),
+                role=text(fields["role"]),
+                pipelines=tuple(text(name) for name in items(fields["pipelines"])),
+                base_model=None if base_model is None else text(base_model),
+                size_bytes=whole(fields["size_bytes"]),
             )
         except (KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not a ControlNet's or IP-Adapter's entry: {error!r}") from error
@@ -166,33 +167,5 @@ def parse_entry(value: bytes) -> Entry:
     return LoraEntry.from_json(value) if kind == _LORA else ModelEntry.from_json(value)
 
 
-def _finite_or_none(value: Any) -> float | None:
-    return None if value is None else _finite(value)
-
-
 def _component(value: Any) -> ComponentEntry:
-    return ComponentEntry(name=_text(value["name"]), size_bytes=_whole(value["size_bytes"]))
-
-
-def _items(value: object) -> list[object]:
-    if not isinstance(value, list):
-        raise TypeError(f"expected a list, not {type(value).__name__}")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, not {type(value).__name__}")
-    return value
-
-
-def _whole(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"expected a whole number from 0 on, not {value!r}")
-    return value
-
-
-def _finite(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"expected a finite number, not {value!r}")
-    return float(value)
+    return ComponentEntry(name=text(value["name"]), size_bytes=whole(value["size_bytes"]))

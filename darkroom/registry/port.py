@@ -5,6 +5,22 @@ from dataclasses import dataclass
 from typing import NewType, Protocol
 
 LeaseId = NewType("LeaseId", int)
+Revision = NewType("Revision", int)
+"""Counts up with every change of the registry, so that no two keys created have the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rooms:
+    """How much of models a stage replica can hold."""
+
+    device_bytes: int
+    """Of its device; 0 means that nothing should be brought there that no request asks for."""
+    host_bytes: int
+    """Of its memory, beside what is on the device."""
+    disk_bytes: int | None
+    """Of its machine's disk; None where the whole model store lies there."""
+    evicts: bool
+    """Whether models leave the device to make room for others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +34,44 @@ class Member:
     address: str
     """host:port of its gRPC server, as others reach it."""
     device: str = ""
-    """What it computes on, for people to read; empty where that means nothing."""
+    """What it computes on, as torch names it; empty where that means nothing."""
+    rooms: Rooms | None = None
+    """None for what holds no models, or does not say."""
+
+    @property
+    def machine(self) -> str:
+        """Its host: members of one share a disk."""
+        return self.address.rpartition(":")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What a key holds after somebody claimed it: the claimant's own value, or that of whoever came first."""
+
+    value: bytes
+    created: Revision
+    """When the key was created."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """A condition of a write: the key is there, and is the one that was created then."""
+
+    key: str
+    created: Revision
+
+
+class Keys(Protocol):
+    """Keys that can be read and written."""
+
+    async def read(self, prefix: str) -> dict[str, bytes]:
+        """Every key that starts with `prefix`."""
+
+    async def put(self, key: str, value: bytes) -> None:
+        """Writes the key."""
+
+    async def delete(self, key: str) -> None:
+        """Removes the key if it is there."""
 
 
 class Registry(Protocol):
@@ -30,11 +83,17 @@ class Registry(Protocol):
     async def read(self, prefix: str) -> dict[str, bytes]:
         """Every key that starts with `prefix`."""
 
-    async def put(self, key: str, value: bytes, *, lease: LeaseId | None = None) -> None:
-        """Writes the key. It goes when `lease` ends, and raises RegistryUnavailable if that has ended already."""
+    async def put(self, key: str, value: bytes, *, lease: LeaseId | None = None, guard: Guard | None = None) -> None:
+        """Writes the key. It goes when `lease` ends, and raises RegistryUnavailable if that has ended already.
 
-    async def delete(self, key: str) -> None:
-        """Removes the key if it is there."""
+        Raises Deposed, and writes nothing, if `guard` does not hold.
+        """
+
+    async def delete(self, key: str, *, guard: Guard | None = None) -> None:
+        """Removes the key if it is there. Raises Deposed, and removes nothing, if `guard` does not hold."""
+
+    async def claim(self, key: str, value: bytes, *, lease: LeaseId) -> Claim:
+        """Writes the key under the lease unless it is there; says what it holds now. May be repeated."""
 
     async def grant(self, ttl_s: int) -> LeaseId:
         """A new lease that ends `ttl_s` seconds after it was last kept alive."""

@@ -33,6 +33,8 @@ class ClusterConfig:
     """Denoiser replicas. On a CPU two of one thread each beat one of two threads."""
     vaes: int = 1
     """VAE replicas."""
+    cachemgrs: int = 1
+    """Cache managers. One leads; the others take over when it dies."""
     device: str = "cpu"
     """torch device of every stage, for example `cuda:0`."""
     threads: int = 1
@@ -62,7 +64,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
-        for name in ("encoders", "denoisers", "vaes", "threads"):
+        for name in ("encoders", "denoisers", "vaes", "cachemgrs", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_store(self.model_store)
@@ -132,6 +134,8 @@ class LocalCluster:
         config = self._config
         store = ["--model-store", absolute(config.model_store), "--store-cache", str(config.store_cache.expanduser())]
         await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *store])
+        for number in range(2, config.cachemgrs + 1):
+            await self._add_service(f"cachemgr-{number}", "cachemgr", ["--address", "127.0.0.1:0", *store])
         await self._add_service(
             "router", "router", ["--address", self.addresses.router, "--default-model", config.default_model]
         )

@@ -1,5 +1,7 @@
 """What every stage process is made of besides its own service: model parts, tensor exchange, membership, the server."""
 
+import functools
+import os
 import secrets
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import grpc
 import structlog
+import torch
 
 from darkroom.errors import DarkroomError
 from darkroom.models.controlnets import ControlNets
@@ -16,20 +19,25 @@ from darkroom.models.networks import Held
 from darkroom.models.remote import OutsideCall, Reply
 from darkroom.models.replica import ReplicaState, StageReplica
 from darkroom.models.store.model_store import model_store
+from darkroom.registry.cache_plan import PlanView
+from darkroom.registry.elsewhere import copies_elsewhere
 from darkroom.registry.etcd import EtcdRegistry
 from darkroom.registry.membership import ClusterView, Registration
-from darkroom.registry.port import Member
+from darkroom.registry.port import Member, Rooms
 from darkroom.runtime.channels import MAX_MESSAGE_BYTES, Channels
 from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
+from darkroom.runtime.following import CopyReporter, PlanFollower
 from darkroom.runtime.logs import LogLevel, configure_logs
 from darkroom.runtime.networks import NetworkCalls, NetworkServicer
 from darkroom.runtime.server import Mounted, Server
 from darkroom.store.evicting import Eviction, EvictionKind
-from darkroom.store.opening import DEFAULT_CACHE, DEFAULT_CACHE_BYTES, check_store, open_source
+from darkroom.store.opening import DEFAULT_CACHE, DEFAULT_CACHE_BYTES, check_store, is_url, open_source
 from darkroom.v1 import network_pb2, network_pb2_grpc, stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
 from darkroom.wire.times import duration
 
 _log = structlog.get_logger()
+_UNASKED_SHARE = 16
+"""Of memory without a bound: several stage processes may share it."""
 _SWITCH_INTERVAL_S = 1e-4
 """How long one thread may keep others from Python: a LoRA or model being read beside them costs steps least so."""
 
@@ -55,7 +63,8 @@ class StageConfig:
     host_cache_bytes: int = 4 << 30
     """Weights files kept in memory after their models left the device. On a CPU, loaded models use the same bytes."""
     device_budget_bytes: int = 0
-    """Weights on the device at once: idle models leave it for others. 0 keeps all that was ever loaded."""
+    """Weights on the device at once: idle models leave it for others. 0 keeps all that was ever loaded, and then only
+    a sixteenth of the memory is filled with what no request has asked for."""
     eviction: EvictionKind = "worth"
     """What leaves the disk, host memory and device first: what costs requests least, or what was used longest ago."""
     preload: tuple[str, ...] = ()
@@ -96,6 +105,22 @@ class StageConfig:
         if self.drain_s < 0:
             raise ValueError(f"drain_s must not be negative, not {self.drain_s}")
         check_store(self.model_store)
+
+
+def rooms_of(config: StageConfig) -> Rooms:
+    """How much a replica can hold of what requests have not asked it for."""
+    if config.device_budget_bytes:
+        device_bytes = config.device_budget_bytes
+    elif config.device.startswith("cuda"):
+        device_bytes = torch.cuda.get_device_properties(config.device).total_memory // _UNASKED_SHARE
+    else:
+        device_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _UNASKED_SHARE
+    return Rooms(
+        device_bytes=device_bytes,
+        host_bytes=config.host_cache_bytes,
+        disk_bytes=config.store_cache_bytes if is_url(config.model_store) else None,
+        evicts=config.device_budget_bytes > 0,
+    )
 
 
 class StageProcess:
@@ -140,8 +165,24 @@ class StageProcess:
             max_lora_bytes=config.lora_bytes,
             device_budget_bytes=config.device_budget_bytes,
         )
-        member = Member(replica_id=replica_id, stage=stage, address=self.shelf.address, device=config.device)
+        member = Member(
+            replica_id=replica_id,
+            stage=stage,
+            address=self.shelf.address,
+            device=config.device,
+            rooms=rooms_of(config),
+        )
         self._registration = Registration(self._registry, member)
+        self._plans = PlanView(self._registry)
+        elsewhere = functools.partial(copies_elsewhere, self._view, member)
+        self._follower = PlanFollower(replica_id, stage, self.replica, self._plans, elsewhere)
+        is_remote = is_url(config.model_store)  # else all of the store lies on this machine's disk
+        self._reporter = CopyReporter(
+            self.replica,
+            lambda: [entry.model_id for entry in self._view.models()] if is_remote else (),
+            self._registration.set_residences,
+            tells_disk=is_remote,
+        )
 
     def send(self, stage: str, call: OutsideCall) -> "Future[Reply]":
         """Calls a network at a replica of another stage; once this one serves."""
@@ -161,7 +202,7 @@ class StageProcess:
         await self._run([], controlnets.get)
 
     async def _run(self, services: Sequence[Mounted], held: Callable[[str], Awaitable[Held]]) -> None:
-        self.replica.on_loaded = self._registration.set_models
+        self.replica.on_loaded = self._reporter.changed
         calls = NetworkCalls(self.replica, self._view, self._channels, self.shelf, self.source, held=held)
         self.replica.send = calls.send
         common = [
@@ -187,6 +228,9 @@ class StageProcess:
             self._view.run(),
             self._channels.follow(self._view),
             self.replica.watch(),
+            self._plans.run(),
+            self._follower.run(),
+            self._reporter.run(),
         ]
         await self._server.run(background, on_drain=[self._registration.leave, self._hand_back])
         await self._channels.close()

@@ -22,8 +22,6 @@ HeldBytes = Callable[[str], float]
 """How many bytes a tier holds of what a model uses."""
 _KEPT_SHARE = 0.5
 """Of a resident's bytes: a tier that has so many of its models' has it too. Weights may be half as wide there."""
-_FRESH_S = 60.0
-"""How long what was said of the cluster counts: a dozen plans."""
 
 
 class Eviction:
@@ -47,6 +45,11 @@ class Eviction:
         """These models, and no others from now on, stay: a load that only they could make room for fails."""
         self._pinned = frozenset(model_ids)
 
+    @property
+    def pinned(self) -> frozenset[str]:
+        """Those that stay."""
+        return self._pinned
+
     def ran(self, model_ids: Collection[str], run_s: float) -> None:
         """Notes that a request that used these was run here for so long."""
         with self._lock:
@@ -60,7 +63,7 @@ class Eviction:
             self._pace.add(tier, size_bytes, seconds)
             self._appraisal.worth.times = self._pace.times
 
-    def tell(self, asked: Mapping[str, Asked], *, fresh_s: float = _FRESH_S) -> None:
+    def tell(self, asked: Mapping[str, Asked], *, fresh_s: float) -> None:
         """Takes what the whole cluster is asked for, by model id, for what this replica saw, for so long."""
         with self._lock:
             self._appraisal.tell(asked, self._clock() + fresh_s)

@@ -23,39 +23,89 @@ _sym_db = _symbol_database.Default()
 
 
 from darkroom.v1 import stage_pb2 as darkroom_dot_v1_dot_stage__pb2
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x61rkroom/v1/cachemgr.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/stage.proto\"\'\n\x11ListModelsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"-\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\xf6\x01\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12*\n\ncomponents\x18\x03 \x03(\x0b\x32\x16.darkroom.v1.Component\x12\x12\n\nschedulers\x18\x04 \x03(\t\x12\x18\n\x10\x64\x65\x66\x61ult_width_px\x18\x05 \x01(\x05\x12\x19\n\x11\x64\x65\x66\x61ult_height_px\x18\x06 \x01(\x05\x12\x18\n\x10size_multiple_px\x18\x07 \x01(\x05\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x08 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\t \x01(\x01\"\x88\x01\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Model\x12%\n\x05loras\x18\x02 \x03(\x0b\x32\x16.darkroom.v1.LoraModel\x12\'\n\x06guides\x18\x03 \x03(\x0b\x32\x17.darkroom.v1.GuideModel\"\xd0\x01\n\nGuideModel\x12\x10\n\x08guide_id\x18\x01 \x01(\t\x12*\n\x04role\x18\x02 \x01(\x0e\x32\x1c.darkroom.v1.GuideModel.Role\x12\x11\n\tpipelines\x18\x03 \x03(\t\x12\x15\n\rbase_model_id\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"F\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROLE_CONTROLNET\x10\x01\x12\x13\n\x0fROLE_IP_ADAPTER\x10\x02\"^\n\tLoraModel\x12\x0f\n\x07lora_id\x18\x01 \x01(\t\x12\x15\n\rbase_model_id\x18\x02 \x01(\t\x12\x15\n\rdefault_scale\x18\x03 \x01(\x01\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"X\n\rLocateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12!\n\x05stage\x18\x03 \x01(\x0e\x32\x12.darkroom.v1.Stage\"t\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x11\n\tmodel_ids\x18\x05 \x03(\t\"N\n\x0eLocateResponse\x12&\n\x08replicas\x18\x01 \x03(\x0b\x32\x14.darkroom.v1.Replica\x12\x14\n\x0cholder_count\x18\x02 \x01(\x05\"*\n\x14\x44\x65scribeCacheRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"?\n\x15\x44\x65scribeCacheResponse\x12&\n\x08replicas\x18\x01 \x03(\x0b\x32\x14.darkroom.v1.Replica2\xff\x01\n\x13\x43\x61\x63heManagerService\x12M\n\nListModels\x12\x1e.darkroom.v1.ListModelsRequest\x1a\x1f.darkroom.v1.ListModelsResponse\x12\x41\n\x06Locate\x12\x1a.darkroom.v1.LocateRequest\x1a\x1b.darkroom.v1.LocateResponse\x12V\n\rDescribeCache\x12!.darkroom.v1.DescribeCacheRequest\x1a\".darkroom.v1.DescribeCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x61rkroom/v1/cachemgr.proto\x12\x0b\x64\x61rkroom.v1\x1a\x17\x64\x61rkroom/v1/stage.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\'\n\x11ListModelsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"-\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\xf6\x01\n\x05Model\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x10\n\x08pipeline\x18\x02 \x01(\t\x12*\n\ncomponents\x18\x03 \x03(\x0b\x32\x16.darkroom.v1.Component\x12\x12\n\nschedulers\x18\x04 \x03(\t\x12\x18\n\x10\x64\x65\x66\x61ult_width_px\x18\x05 \x01(\x05\x12\x19\n\x11\x64\x65\x66\x61ult_height_px\x18\x06 \x01(\x05\x12\x18\n\x10size_multiple_px\x18\x07 \x01(\x05\x12\x1a\n\x12\x64\x65\x66\x61ult_step_count\x18\x08 \x01(\x05\x12\x1e\n\x16\x64\x65\x66\x61ult_guidance_scale\x18\t \x01(\x01\"\x88\x01\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.darkroom.v1.Model\x12%\n\x05loras\x18\x02 \x03(\x0b\x32\x16.darkroom.v1.LoraModel\x12\'\n\x06guides\x18\x03 \x03(\x0b\x32\x17.darkroom.v1.GuideModel\"\xd0\x01\n\nGuideModel\x12\x10\n\x08guide_id\x18\x01 \x01(\t\x12*\n\x04role\x18\x02 \x01(\x0e\x32\x1c.darkroom.v1.GuideModel.Role\x12\x11\n\tpipelines\x18\x03 \x03(\t\x12\x15\n\rbase_model_id\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\"F\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x13\n\x0fROLE_CONTROLNET\x10\x01\x12\x13\n\x0fROLE_IP_ADAPTER\x10\x02\"^\n\tLoraModel\x12\x0f\n\x07lora_id\x18\x01 \x01(\t\x12\x15\n\rbase_model_id\x18\x02 \x01(\t\x12\x15\n\rdefault_scale\x18\x03 \x01(\x01\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"X\n\rLocateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12!\n\x05stage\x18\x03 \x01(\x0e\x32\x12.darkroom.v1.Stage\"\xa0\x01\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x11\n\tmodel_ids\x18\x05 \x03(\t\x12*\n\nresidences\x18\x06 \x03(\x0b\x32\x16.darkroom.v1.Residence\"\x99\x01\n\tResidence\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x19\n\x0c\x64\x65vice_bytes\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nhost_bytes\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x17\n\ndisk_bytes\x18\x04 \x01(\x03H\x02\x88\x01\x01\x42\x0f\n\r_device_bytesB\r\n\x0b_host_bytesB\r\n\x0b_disk_bytes\"N\n\x0eLocateResponse\x12&\n\x08replicas\x18\x01 \x03(\x0b\x32\x14.darkroom.v1.Replica\x12\x14\n\x0cholder_count\x18\x02 \x01(\x05\"*\n\x14\x44\x65scribeCacheRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x8a\x02\n\x15\x44\x65scribeCacheResponse\x12&\n\x08replicas\x18\x01 \x03(\x0b\x32\x14.darkroom.v1.Replica\x12\x11\n\tleader_id\x18\x02 \x01(\t\x12\x12\n\nmanager_id\x18\x03 \x01(\t\x12\x1f\n\x04plan\x18\x04 \x01(\x0b\x32\x11.darkroom.v1.Plan\x12-\n\x0cpopularities\x18\x05 \x03(\x0b\x32\x17.darkroom.v1.Popularity\x12*\n\x05loras\x18\x06 \x03(\x0b\x32\x1b.darkroom.v1.LoraPopularity\x12&\n\x04pins\x18\x07 \x03(\x0b\x32\x18.darkroom.v1.PinnedModel\"o\n\nPopularity\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x1f\n\x04\x62\x61nd\x18\x02 \x01(\x0e\x32\x11.darkroom.v1.Band\x12\x0c\n\x04rate\x18\x03 \x01(\x01\x12 \n\x05sites\x18\x04 \x03(\x0b\x32\x11.darkroom.v1.Site\"\x90\x01\n\x04Site\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x0f\n\x07machine\x18\x02 \x01(\t\x12\x12\n\nreplica_id\x18\x03 \x01(\t\x12\x30\n\rwarm_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06reason\x18\x05 \x01(\t\"/\n\x0eLoraPopularity\x12\x0f\n\x07lora_id\x18\x01 \x01(\t\x12\x0c\n\x04rate\x18\x02 \x01(\x01\"3\n\x0bPinnedModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\ncopy_count\x18\x02 \x01(\x05\"\x93\x01\n\x04Plan\x12\x0c\n\x04term\x18\x01 \x01(\x03\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\"\n\x06orders\x18\x03 \x03(\x0b\x32\x12.darkroom.v1.Order\x12&\n\x08releases\x18\x04 \x03(\x0b\x32\x14.darkroom.v1.Release\x12 \n\x05keeps\x18\x05 \x03(\x0b\x32\x11.darkroom.v1.Keep\"\x9d\x01\n\x05Order\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x1f\n\x04tier\x18\x03 \x01(\x0e\x32\x11.darkroom.v1.Tier\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x64one\x18\x06 \x01(\x08\"`\n\x07Release\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\",\n\x04Keep\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\"\x9c\x01\n\x12ReportUsageRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x0breporter_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\"\n\x06usages\x18\x04 \x03(\x0b\x32\x12.darkroom.v1.Usage\x12\'\n\x05loads\x18\x05 \x03(\x0b\x32\x18.darkroom.v1.ReplicaLoad\"\xa3\x01\n\x05Usage\x12!\n\x05stage\x18\x01 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x05\x12/\n\x0crun_duration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12%\n\x05loras\x18\x05 \x03(\x0b\x32\x16.darkroom.v1.LoraUsage\"+\n\tLoraUsage\x12\x0f\n\x07lora_id\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x05\"8\n\x0bReplicaLoad\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x15\n\rrunning_count\x18\x02 \x01(\x05\"&\n\x13ReportUsageResponse\x12\x0f\n\x07\x63ounted\x18\x01 \x01(\x08\"&\n\x10WatchPlanRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"4\n\x11WatchPlanResponse\x12\x1f\n\x04plan\x18\x01 \x01(\x0b\x32\x11.darkroom.v1.Plan\"\xa3\x01\n\x0fPrefetchRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x1f\n\x04tier\x18\x03 \x01(\x0e\x32\x11.darkroom.v1.Tier\x12!\n\x05stage\x18\x04 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x12\n\nreplica_id\x18\x05 \x01(\t\x12\x12\n\ncopy_count\x18\x06 \x01(\x05\"\x12\n\x10PrefetchResponse\"U\n\nPinRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x12\n\ncopy_count\x18\x03 \x01(\x05\x12\r\n\x05unpin\x18\x04 \x01(\x08\"\r\n\x0bPinResponse\"j\n\x0b\x44ropRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12!\n\x05stage\x18\x03 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x12\n\nreplica_id\x18\x04 \x01(\t\"\x0e\n\x0c\x44ropResponse*K\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\x0f\n\x0bTIER_DEVICE\x10\x01\x12\r\n\tTIER_HOST\x10\x02\x12\r\n\tTIER_DISK\x10\x03*H\n\x04\x42\x61nd\x12\x14\n\x10\x42\x41ND_UNSPECIFIED\x10\x00\x12\x0c\n\x08\x42\x41ND_HOT\x10\x01\x12\r\n\tBAND_WARM\x10\x02\x12\r\n\tBAND_COLD\x10\x03\x32\xdf\x04\n\x13\x43\x61\x63heManagerService\x12M\n\nListModels\x12\x1e.darkroom.v1.ListModelsRequest\x1a\x1f.darkroom.v1.ListModelsResponse\x12\x41\n\x06Locate\x12\x1a.darkroom.v1.LocateRequest\x1a\x1b.darkroom.v1.LocateResponse\x12V\n\rDescribeCache\x12!.darkroom.v1.DescribeCacheRequest\x1a\".darkroom.v1.DescribeCacheResponse\x12P\n\x0bReportUsage\x12\x1f.darkroom.v1.ReportUsageRequest\x1a .darkroom.v1.ReportUsageResponse\x12L\n\tWatchPlan\x12\x1d.darkroom.v1.WatchPlanRequest\x1a\x1e.darkroom.v1.WatchPlanResponse0\x01\x12G\n\x08Prefetch\x12\x1c.darkroom.v1.PrefetchRequest\x1a\x1d.darkroom.v1.PrefetchResponse\x12\x38\n\x03Pin\x12\x17.darkroom.v1.PinRequest\x1a\x18.darkroom.v1.PinResponse\x12;\n\x04\x44rop\x12\x18.darkroom.v1.DropRequest\x1a\x19.darkroom.v1.DropResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'darkroom.v1.cachemgr_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LISTMODELSREQUEST']._serialized_start=68
-  _globals['_LISTMODELSREQUEST']._serialized_end=107
-  _globals['_COMPONENT']._serialized_start=109
-  _globals['_COMPONENT']._serialized_end=154
-  _globals['_MODEL']._serialized_start=157
-  _globals['_MODEL']._serialized_end=403
-  _globals['_LISTMODELSRESPONSE']._serialized_start=406
-  _globals['_LISTMODELSRESPONSE']._serialized_end=542
-  _globals['_GUIDEMODEL']._serialized_start=545
-  _globals['_GUIDEMODEL']._serialized_end=753
-  _globals['_GUIDEMODEL_ROLE']._serialized_start=683
-  _globals['_GUIDEMODEL_ROLE']._serialized_end=753
-  _globals['_LORAMODEL']._serialized_start=755
-  _globals['_LORAMODEL']._serialized_end=849
-  _globals['_LOCATEREQUEST']._serialized_start=851
-  _globals['_LOCATEREQUEST']._serialized_end=939
-  _globals['_REPLICA']._serialized_start=941
-  _globals['_REPLICA']._serialized_end=1057
-  _globals['_LOCATERESPONSE']._serialized_start=1059
-  _globals['_LOCATERESPONSE']._serialized_end=1137
-  _globals['_DESCRIBECACHEREQUEST']._serialized_start=1139
-  _globals['_DESCRIBECACHEREQUEST']._serialized_end=1181
-  _globals['_DESCRIBECACHERESPONSE']._serialized_start=1183
-  _globals['_DESCRIBECACHERESPONSE']._serialized_end=1246
-  _globals['_CACHEMANAGERSERVICE']._serialized_start=1249
-  _globals['_CACHEMANAGERSERVICE']._serialized_end=1504
+  _globals['_TIER']._serialized_start=3508
+  _globals['_TIER']._serialized_end=3583
+  _globals['_BAND']._serialized_start=3585
+  _globals['_BAND']._serialized_end=3657
+  _globals['_LISTMODELSREQUEST']._serialized_start=133
+  _globals['_LISTMODELSREQUEST']._serialized_end=172
+  _globals['_COMPONENT']._serialized_start=174
+  _globals['_COMPONENT']._serialized_end=219
+  _globals['_MODEL']._serialized_start=222
+  _globals['_MODEL']._serialized_end=468
+  _globals['_LISTMODELSRESPONSE']._serialized_start=471
+  _globals['_LISTMODELSRESPONSE']._serialized_end=607
+  _globals['_GUIDEMODEL']._serialized_start=610
+  _globals['_GUIDEMODEL']._serialized_end=818
+  _globals['_GUIDEMODEL_ROLE']._serialized_start=748
+  _globals['_GUIDEMODEL_ROLE']._serialized_end=818
+  _globals['_LORAMODEL']._serialized_start=820
+  _globals['_LORAMODEL']._serialized_end=914
+  _globals['_LOCATEREQUEST']._serialized_start=916
+  _globals['_LOCATEREQUEST']._serialized_end=1004
+  _globals['_REPLICA']._serialized_start=1007
+  _globals['_REPLICA']._serialized_end=1167
+  _globals['_RESIDENCE']._serialized_start=1170
+  _globals['_RESIDENCE']._serialized_end=1323
+  _globals['_LOCATERESPONSE']._serialized_start=1325
+  _globals['_LOCATERESPONSE']._serialized_end=1403
+  _globals['_DESCRIBECACHEREQUEST']._serialized_start=1405
+  _globals['_DESCRIBECACHEREQUEST']._serialized_end=1447
+  _globals['_DESCRIBECACHERESPONSE']._serialized_start=1450
+  _globals['_DESCRIBECACHERESPONSE']._serialized_end=1716
+  _globals['_POPULARITY']._serialized_start=1718
+  _globals['_POPULARITY']._serialized_end=1829
+  _globals['_SITE']._serialized_start=1832
+  _globals['_SITE']._serialized_end=1976
+  _globals['_LORAPOPULARITY']._serialized_start=1978
+  _globals['_LORAPOPULARITY']._serialized_end=2025
+  _globals['_PINNEDMODEL']._serialized_start=2027
+  _globals['_PINNEDMODEL']._serialized_end=2078
+  _globals['_PLAN']._serialized_start=2081
+  _globals['_PLAN']._serialized_end=2228
+  _globals['_ORDER']._serialized_start=2231
+  _globals['_ORDER']._serialized_end=2388
+  _globals['_RELEASE']._serialized_start=2390
+  _globals['_RELEASE']._serialized_end=2486
+  _globals['_KEEP']._serialized_start=2488
+  _globals['_KEEP']._serialized_end=2532
+  _globals['_REPORTUSAGEREQUEST']._serialized_start=2535
+  _globals['_REPORTUSAGEREQUEST']._serialized_end=2691
+  _globals['_USAGE']._serialized_start=2694
+  _globals['_USAGE']._serialized_end=2857
+  _globals['_LORAUSAGE']._serialized_start=2859
+  _globals['_LORAUSAGE']._serialized_end=2902
+  _globals['_REPLICALOAD']._serialized_start=2904
+  _globals['_REPLICALOAD']._serialized_end=2960
+  _globals['_REPORTUSAGERESPONSE']._serialized_start=2962
+  _globals['_REPORTUSAGERESPONSE']._serialized_end=3000
+  _globals['_WATCHPLANREQUEST']._serialized_start=3002
+  _globals['_WATCHPLANREQUEST']._serialized_end=3040
+  _globals['_WATCHPLANRESPONSE']._serialized_start=3042
+  _globals['_WATCHPLANRESPONSE']._serialized_end=3094
+  _globals['_PREFETCHREQUEST']._serialized_start=3097
+  _globals['_PREFETCHREQUEST']._serialized_end=3260
+  _globals['_PREFETCHRESPONSE']._serialized_start=3262
+  _globals['_PREFETCHRESPONSE']._serialized_end=3280
+  _globals['_PINREQUEST']._serialized_start=3282
+  _globals['_PINREQUEST']._serialized_end=3367
+  _globals['_PINRESPONSE']._serialized_start=3369
+  _globals['_PINRESPONSE']._serialized_end=3382
+  _globals['_DROPREQUEST']._serialized_start=3384
+  _globals['_DROPREQUEST']._serialized_end=3490
+  _globals['_DROPRESPONSE']._serialized_start=3492
+  _globals['_DROPRESPONSE']._serialized_end=3506
+  _globals['_CACHEMANAGERSERVICE']._serialized_start=3660
+  _globals['_CACHEMANAGERSERVICE']._serialized_end=4267
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,11 @@ if _version_not_supported:
 
 
 class CacheManagerServiceStub:
-    """Knows which models exist, which replicas are up, and what each holds.
+    """Knows which models exist, which replicas are up, and what each holds; plans
+    what they should hold.
+
+    Several replicas may run: one of them leads, elected in the registry, and
+    makes the plan. Each answers every call.
     """
 
     def __init__(self, channel):
@@ -50,10 +54,39 @@ class CacheManagerServiceStub:
                 request_serializer=darkroom_dot_v1_dot_cachemgr__pb2.DescribeCacheRequest.SerializeToString,
                 response_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.DescribeCacheResponse.FromString,
                 _registered_method=True)
+        self.ReportUsage = channel.unary_unary(
+                '/darkroom.v1.CacheManagerService/ReportUsage',
+                request_serializer=darkroom_dot_v1_dot_cachemgr__pb2.ReportUsageRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.ReportUsageResponse.FromString,
+                _registered_method=True)
+        self.WatchPlan = channel.unary_stream(
+                '/darkroom.v1.CacheManagerService/WatchPlan',
+                request_serializer=darkroom_dot_v1_dot_cachemgr__pb2.WatchPlanRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.WatchPlanResponse.FromString,
+                _registered_method=True)
+        self.Prefetch = channel.unary_unary(
+                '/darkroom.v1.CacheManagerService/Prefetch',
+                request_serializer=darkroom_dot_v1_dot_cachemgr__pb2.PrefetchRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.PrefetchResponse.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/darkroom.v1.CacheManagerService/Pin',
+                request_serializer=darkroom_dot_v1_dot_cachemgr__pb2.PinRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Drop = channel.unary_unary(
+                '/darkroom.v1.CacheManagerService/Drop',
+                request_serializer=darkroom_dot_v1_dot_cachemgr__pb2.DropRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.DropResponse.FromString,
+                _registered_method=True)
 
 
 class CacheManagerServiceServicer:
-    """Knows which models exist, which replicas are up, and what each holds.
+    """Knows which models exist, which replicas are up, and what each holds; plans
+    what they should hold.
+
+    Several replicas may run: one of them leads, elected in the registry, and
+    makes the plan. Each answers every call.
     """
 
     def ListModels(self, request, context):
@@ -77,9 +110,74 @@ class CacheManagerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DescribeCache(self, request, context):
-        """Describes every replica that is up and the models it has loaded.
+        """Describes every replica that is up and the models it has, tier by tier;
+        who leads; how popular models are, and where more copies would be warm
+        first.
 
         Idempotent. Errors: UNAVAILABLE (reason REGISTRY_UNAVAILABLE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportUsage(self, request, context):
+        """Takes what a router's requests used since it last reported.
+
+        Reports are numbered, so that one may be repeated until it is answered: it
+        counts once. Routers report to every cache manager, and losing a report
+        harms nobody.
+
+        Errors: INVALID_ARGUMENT (reason INVALID_FIELD).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchPlan(self, request, context):
+        """Streams the plan: the one there is at once, then each that replaces it.
+        Never ends by itself, and says nothing before the registry was read.
+
+        Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prefetch(self, request, context):
+        """Asks for a model to be brought near. The answer means that the wish is
+        kept; replicas carry it out when they are idle.
+
+        May be repeated. Errors: INVALID_ARGUMENT (reason INVALID_FIELD), NOT_FOUND
+        (reason MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (reason QUEUE_FULL, with
+        RetryInfo) when too many wishes wait, UNAVAILABLE (reason
+        REGISTRY_UNAVAILABLE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Keeps a model on devices until it is unpinned: it is brought there, and
+        nothing pushes it out. Replaces an earlier pin of the same model.
+
+        Idempotent. Errors: INVALID_ARGUMENT (reason INVALID_FIELD), NOT_FOUND
+        (reason MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (reason QUEUE_FULL, with
+        RetryInfo) when too many models are pinned, UNAVAILABLE (reason
+        REGISTRY_UNAVAILABLE).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drop(self, request, context):
+        """Asks replicas to let a model go from device and memory, once no request
+        uses it. For ten minutes only requests bring it back. A pin goes first: a
+        model that is pinned is not dropped.
+
+        May be repeated. Errors: INVALID_ARGUMENT (reason INVALID_FIELD), NOT_FOUND
+        (reason MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (reason QUEUE_FULL, with
+        RetryInfo) when too many wishes wait, UNAVAILABLE (reason
+        REGISTRY_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -103,6 +201,31 @@ def add_CacheManagerServiceServicer_to_server(servicer, server):
                     request_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.DescribeCacheRequest.FromString,
                     response_serializer=darkroom_dot_v1_dot_cachemgr__pb2.DescribeCacheResponse.SerializeToString,
             ),
+            'ReportUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportUsage,
+                    request_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.ReportUsageRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_cachemgr__pb2.ReportUsageResponse.SerializeToString,
+            ),
+            'WatchPlan': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPlan,
+                    request_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.WatchPlanRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_cachemgr__pb2.WatchPlanResponse.SerializeToString,
+            ),
+            'Prefetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefetch,
+                    request_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.PrefetchRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_cachemgr__pb2.PrefetchResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.PinRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_cachemgr__pb2.PinResponse.SerializeToString,
+            ),
+            'Drop': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drop,
+                    request_deserializer=darkroom_dot_v1_dot_cachemgr__pb2.DropRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_cachemgr__pb2.DropResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'darkroom.v1.CacheManagerService', rpc_method_handlers)
@@ -112,7 +235,11 @@ def add_CacheManagerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CacheManagerService:
-    """Knows which models exist, which replicas are up, and what each holds.
+    """Knows which models exist, which replicas are up, and what each holds; plans
+    what they should hold.
+
+    Several replicas may run: one of them leads, elected in the registry, and
+    makes the plan. Each answers every call.
     """
 
     @staticmethod
@@ -186,6 +313,141 @@ class CacheManagerService:
             '/darkroom.v1.CacheManagerService/DescribeCache',
             darkroom_dot_v1_dot_cachemgr__pb2.DescribeCacheRequest.SerializeToString,
             darkroom_dot_v1_dot_cachemgr__pb2.DescribeCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.CacheManagerService/ReportUsage',
+            darkroom_dot_v1_dot_cachemgr__pb2.ReportUsageRequest.SerializeToString,
+            darkroom_dot_v1_dot_cachemgr__pb2.ReportUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/darkroom.v1.CacheManagerService/WatchPlan',
+            darkroom_dot_v1_dot_cachemgr__pb2.WatchPlanRequest.SerializeToString,
+            darkroom_dot_v1_dot_cachemgr__pb2.WatchPlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.CacheManagerService/Prefetch',
+            darkroom_dot_v1_dot_cachemgr__pb2.PrefetchRequest.SerializeToString,
+            darkroom_dot_v1_dot_cachemgr__pb2.PrefetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.CacheManagerService/Pin',
+            darkroom_dot_v1_dot_cachemgr__pb2.PinRequest.SerializeToString,
+            darkroom_dot_v1_dot_cachemgr__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drop(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.CacheManagerService/Drop',
+            darkroom_dot_v1_dot_cachemgr__pb2.DropRequest.SerializeToString,
+            darkroom_dot_v1_dot_cachemgr__pb2.DropResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,6 +26,7 @@ MAX_PARAMETER_CHARACTERS = 64_000
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MODEL_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_REPLICA_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PARAMETER_KEY = re.compile(r"[\x20-\x7e\xa1-\xff]{1,79}")
 
 
@@ -46,6 +47,13 @@ def check_model_id(value: str, field: str = "model_id") -> str:
         raise InvalidField(
             field, "must be 1 to 64 characters of a-z 0-9 . _ -, start with a letter or digit, and hold no '..'"
         )
+    return value
+
+
+def check_replica_id(value: str, field: str = "replica_id") -> str:
+    """A well-formed id of a replica; says nothing about whether it is up."""
+    if not _REPLICA_ID.fullmatch(value):
+        raise InvalidField(field, "must be 1 to 128 characters of A-Z a-z 0-9 . _ -, and start with a letter or digit")
     return value
 
 

@@ -19,6 +19,7 @@ _CODES: dict[type[errors.DarkroomError], int] = {
     errors.UnusableLora: code_pb2.FAILED_PRECONDITION,
     errors.UnusableCheckpoint: code_pb2.FAILED_PRECONDITION,
     errors.StaleEpoch: code_pb2.FAILED_PRECONDITION,
+    errors.Deposed: code_pb2.FAILED_PRECONDITION,
     errors.DigestMismatch: code_pb2.DATA_LOSS,
     errors.Overloaded: code_pb2.RESOURCE_EXHAUSTED,
     errors.Unavailable: code_pb2.UNAVAILABLE,

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 
 from darkroom.registry.etcd import EtcdRegistry
 from darkroom.registry.listing import Listings
@@ -10,11 +11,12 @@ from darkroom.registry.port import Member
 from darkroom.runtime.config import read_config
 from darkroom.runtime.logs import configure_logs
 from darkroom.runtime.server import Mounted, Server
+from darkroom.store.evicting import Eviction
 from darkroom.store.opening import open_source
 from darkroom.v1 import cachemgr_pb2_grpc
 from services.cachemgr.cataloguing import keep_catalogue
 from services.cachemgr.config import CacheManagerConfig
-from services.cachemgr.holdings import Holdings
+from services.cachemgr.manager import CacheManager
 from services.cachemgr.server import CacheManagerServicer
 
 _MAX_REQUEST_BYTES = 1 << 20
@@ -36,7 +38,9 @@ async def main(config: CacheManagerConfig) -> None:
     registration = Registration(
         registry, Member(replica_id=replica_id, stage="cachemgr", address=f"{config.advertise_host}:{server.port}")
     )
-    servicer = CacheManagerServicer(Holdings(view))
+    eviction = Eviction()
+    manager = CacheManager(replica_id, registry, view, config, clock=time.time, on_pins=eviction.pin)
+    servicer = CacheManagerServicer(manager)
     await server.start(
         [
             Mounted(
@@ -45,9 +49,13 @@ async def main(config: CacheManagerConfig) -> None:
             )
         ]
     )
-    listings = Listings(open_source(config.model_store, config.store_cache, config.store_cache_bytes))
-    catalogue = keep_catalogue(registry, listings, interval_s=config.scan_interval_s)
-    await server.run([view.run(), registration.run(), catalogue], on_drain=[registration.leave])
+    source = open_source(config.model_store, config.store_cache, config.store_cache_bytes, eviction=eviction)
+    listings = Listings(source)
+    catalogue = keep_catalogue(manager.election, listings, interval_s=config.scan_interval_s)
+    await server.run(
+        [view.run(), registration.run(), catalogue, *manager.background()],
+        on_drain=[manager.election.resign, registration.leave],
+    )
     listings.close()
     await registry.close()
 

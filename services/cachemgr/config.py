@@ -6,10 +6,13 @@ from pathlib import Path
 from darkroom.runtime.logs import LogLevel
 from darkroom.store.opening import DEFAULT_CACHE, DEFAULT_CACHE_BYTES, check_store
 
+_SPEEDS = ("network_bytes_per_s", "disk_bytes_per_s", "bus_bytes_per_s")
+_MAX_LEASE_S = 60
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheManagerConfig:
-    """Knows which models exist, which replicas are up, and what each holds."""
+    """Knows which models exist, which replicas are up, and what each holds; plans what they should hold."""
 
     address: str = "127.0.0.1:7601"
     """`host:port` to listen on; port 0 takes a free one."""
@@ -25,6 +28,18 @@ class CacheManagerConfig:
     """Bound of that folder. Room for a dozen large models."""
     scan_interval_s: float = 5.0
     """How often the model store is read for new and vanished models, in seconds."""
+    plan_interval_s: float = 5.0
+    """How often the leader looks whether the plan should change, in seconds; a wish makes it look at once."""
+    popularity_interval_s: float = 30.0
+    """How often the leader keeps what is asked for in the registry, for when all cache managers were down."""
+    lease_s: int = 5
+    """How long a dead leader is still taken for one, in seconds; at least 1.5 of etcd's election timeouts."""
+    network_bytes_per_s: float = 0.25e9
+    """What a machine gets from the model store. A guess: the plan needs the order of magnitude."""
+    disk_bytes_per_s: float = 0.5e9
+    """What a load reads from disk, networks being built included, until replicas have said what theirs took."""
+    bus_bytes_per_s: float = 10e9
+    """What goes from memory to a device: PCIe 4, with some to spare."""
     drain_s: float = 5.0
     """How long running requests may take to finish after SIGTERM, in seconds."""
     reflection: bool = False
@@ -34,8 +49,11 @@ class CacheManagerConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
-        if self.scan_interval_s <= 0:
-            raise ValueError(f"scan_interval_s must be positive, not {self.scan_interval_s}")
+        for name in ("scan_interval_s", "plan_interval_s", "popularity_interval_s", *_SPEEDS):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 1 <= self.lease_s <= _MAX_LEASE_S:
+            raise ValueError(f"lease_s must be 1 to {_MAX_LEASE_S}, not {self.lease_s}")
         if self.drain_s < 0:
             raise ValueError(f"drain_s must not be negative, not {self.drain_s}")
         check_store(self.model_store)

@@ -1,18 +1,22 @@
 """CacheManagerService: message to question, one domain call, answer to message."""
 
+import time
+from collections.abc import AsyncIterator
+
 import grpc
 
-from darkroom.registry.catalogue import GuideEntry, LoraEntry, ModelEntry
 from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, stage_pb2
 from darkroom.wire import fields
-from services.cachemgr.holdings import Holding, Holdings
+from darkroom.wire.usage import parse_report
+from services.cachemgr import messages
+from services.cachemgr.manager import CacheManager
 
 
 class CacheManagerServicer(cachemgr_pb2_grpc.CacheManagerServiceServicer):
-    """Serves `Holdings`."""
+    """Serves a `CacheManager`."""
 
-    def __init__(self, holdings: Holdings) -> None:
-        self._holdings = holdings
+    def __init__(self, manager: CacheManager) -> None:
+        self._manager, self._holdings, self._wishes = manager, manager.holdings, manager.wishes
 
     async def ListModels(
         self, request: cachemgr_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
@@ -20,9 +24,9 @@ class CacheManagerServicer(cachemgr_pb2_grpc.CacheManagerServiceServicer):
         """Lists the catalogue."""
         del request, context
         return cachemgr_pb2.ListModelsResponse(
-            models=[_model(entry) for entry in self._holdings.models()],
-            loras=[_lora(entry) for entry in self._holdings.loras()],
-            guides=[_guide(entry) for entry in self._holdings.guides()],
+            models=[messages.model_message(entry) for entry in self._holdings.models()],
+            loras=[messages.lora_message(entry) for entry in self._holdings.loras()],
+            guides=[messages.guide_message(entry) for entry in self._holdings.guides()],
         )
 
     async def Locate(
@@ -32,62 +36,66 @@ class CacheManagerServicer(cachemgr_pb2_grpc.CacheManagerServiceServicer):
         del context
         location = self._holdings.locate(fields.check_model_id(request.model_id), _stage_name(request.stage))
         return cachemgr_pb2.LocateResponse(
-            replicas=[_replica(h) for h in location.holdings], holder_count=location.holder_count
+            replicas=[messages.replica_message(h) for h in location.holdings], holder_count=location.holder_count
         )
 
     async def DescribeCache(
         self, request: cachemgr_pb2.DescribeCacheRequest, context: grpc.aio.ServicerContext
     ) -> cachemgr_pb2.DescribeCacheResponse:
-        """Describes every stage replica."""
+        """Describes every stage replica, what is asked for, and the plan."""
         del request, context
-        return cachemgr_pb2.DescribeCacheResponse(replicas=[_replica(holding) for holding in self._holdings.describe()])
+        return cachemgr_pb2.DescribeCacheResponse(
+            replicas=[messages.replica_message(holding) for holding in self._holdings.describe()],
+            leader_id=self._manager.leader_id,
+            manager_id=self._manager.manager_id,
+            plan=messages.plan_message(self._holdings.plan()),
+            popularities=[messages.popularity_message(asked) for asked in self._holdings.asked()],
+            loras=[cachemgr_pb2.LoraPopularity(lora_id=n, rate=r) for n, r in self._holdings.asked_loras()],
+            pins=[messages.pin_message(pin) for pin in self._manager.pins],
+        )
+
+    async def ReportUsage(
+        self, request: cachemgr_pb2.ReportUsageRequest, context: grpc.aio.ServicerContext
+    ) -> cachemgr_pb2.ReportUsageResponse:
+        """Counts a report."""
+        del context
+        counted = self._manager.ledger.add(parse_report(request), time.time())
+        return cachemgr_pb2.ReportUsageResponse(counted=counted)
+
+    async def WatchPlan(
+        self, request: cachemgr_pb2.WatchPlanRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[cachemgr_pb2.WatchPlanResponse]:
+        """Streams the plan."""
+        del request, context
+        async for plan in self._holdings.plans():
+            yield cachemgr_pb2.WatchPlanResponse(plan=messages.plan_message(plan))
+
+    async def Prefetch(
+        self, request: cachemgr_pb2.PrefetchRequest, context: grpc.aio.ServicerContext
+    ) -> cachemgr_pb2.PrefetchResponse:
+        """Keeps a wish for a model to be brought near."""
+        del context
+        await self._wishes.ask(messages.parse_prefetch(request, self._wishes.until_s()))
+        return cachemgr_pb2.PrefetchResponse()
+
+    async def Pin(
+        self, request: cachemgr_pb2.PinRequest, context: grpc.aio.ServicerContext
+    ) -> cachemgr_pb2.PinResponse:
+        """Keeps a pin, or ends it."""
+        del context
+        pin = messages.parse_pin(request)
+        await (self._wishes.unpin(pin.model_id) if request.unpin else self._wishes.pin(pin))
+        return cachemgr_pb2.PinResponse()
+
+    async def Drop(
+        self, request: cachemgr_pb2.DropRequest, context: grpc.aio.ServicerContext
+    ) -> cachemgr_pb2.DropResponse:
+        """Keeps a wish for a model to go."""
+        del context
+        await self._wishes.ask(messages.parse_drop(request, self._wishes.until_s()))
+        return cachemgr_pb2.DropResponse()
 
 
 def _stage_name(stage: int) -> str:
     names = {value: name.removeprefix("STAGE_").lower() for name, value in stage_pb2.Stage.items()}
     return names.get(stage, "unknown")
-
-
-def _replica(holding: Holding) -> cachemgr_pb2.Replica:
-    member = holding.member
-    stage = f"STAGE_{member.stage.upper()}"
-    return cachemgr_pb2.Replica(
-        replica_id=member.replica_id,
-        stage=stage,
-        address=member.address,
-        device=member.device,
-        model_ids=holding.model_ids,
-    )
-
-
-def _lora(entry: LoraEntry) -> cachemgr_pb2.LoraModel:
-    return cachemgr_pb2.LoraModel(
-        lora_id=entry.lora_id,
-        base_model_id=entry.base_model or "",
-        default_scale=entry.default_scale,
-        size_bytes=entry.size_bytes,
-    )
-
-
-def _guide(entry: GuideEntry) -> cachemgr_pb2.GuideModel:
-    return cachemgr_pb2.GuideModel(
-        guide_id=entry.guide_id,
-        role=f"ROLE_{entry.role.upper()}",
-        pipelines=entry.pipelines,
-        base_model_id=entry.base_model or "",
-        size_bytes=entry.size_bytes,
-    )
-
-
-def _model(entry: ModelEntry) -> cachemgr_pb2.Model:
-    return cachemgr_pb2.Model(
-        model_id=entry.model_id,
-        pipeline=entry.pipeline,
-        components=[cachemgr_pb2.Component(name=c.name, size_bytes=c.size_bytes) for c in entry.components],
-        schedulers=entry.schedulers,
-        default_width_px=entry.default_width_px,
-        default_height_px=entry.default_height_px,
-        size_multiple_px=entry.size_multiple_px,
-        default_step_count=entry.default_step_count,
-        default_guidance_scale=entry.default_guidance_scale,
-    )

@@ -15,6 +15,7 @@ from services.router.config import RouterConfig
 from services.router.running import GraphRunner
 from services.router.server import RouterServicer
 from services.router.stages import GrpcStages
+from services.router.usage import GrpcManagers, UsageReporter
 
 _MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES
 
@@ -36,8 +37,13 @@ async def main(config: RouterConfig) -> None:
     registration = Registration(
         registry, Member(replica_id=replica_id, stage="router", address=f"{config.advertise_host}:{server.port}")
     )
+    usage = UsageReporter(replica_id, view, GrpcManagers(channels))
     runner = GraphRunner(
-        view, GrpcStages(channels), replica_wait_s=config.replica_wait_s, max_running=config.max_running
+        view,
+        GrpcStages(channels),
+        replica_wait_s=config.replica_wait_s,
+        max_running=config.max_running,
+        on_used=usage.add,
     )
     servicer = RouterServicer(
         runner, view, default_model=config.default_model, default_deadline_s=config.default_deadline_s
@@ -50,7 +56,8 @@ async def main(config: RouterConfig) -> None:
             )
         ]
     )
-    await server.run([view.run(), registration.run(), channels.follow(view)], on_drain=[registration.leave])
+    background = [view.run(), registration.run(), channels.follow(view), usage.run(lambda: runner.running)]
+    await server.run(background, on_drain=[registration.leave])
     await channels.close()
     await registry.close()
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -79,14 +79,31 @@ class _Run:
 class GraphRunner:
     """Runs graphs over the replicas in `view`."""
 
-    def __init__(self, view: ClusterView, stages: Stages, *, replica_wait_s: float, max_running: int) -> None:
-        """`replica_wait_s`: how long to wait for a stage that has no replica; `max_running`: requests at once."""
+    def __init__(
+        self,
+        view: ClusterView,
+        stages: Stages,
+        *,
+        replica_wait_s: float,
+        max_running: int,
+        on_used: Callable[[Node, float], None] = lambda _node, _run_s: None,
+    ) -> None:
+        """`replica_wait_s`: how long to wait for a stage that has no replica; `max_running`: requests at once.
+
+        `on_used` hears of each node that a stage has run, and how long that took there without a load.
+        """
+        self._on_used = on_used
         self._view, self._stages = view, stages
         self._replica_wait_s, self._max_running = replica_wait_s, max_running
         self._forecast = Forecast()
         self._running: Counter[str] = Counter()
         self._suspect_until_s: dict[str, float] = {}
         self._request_count = 0
+
+    @property
+    def running(self) -> dict[str, int]:
+        """Calls that run now, by replica."""
+        return dict(self._running)
 
     async def run(self, graph: Graph, settings: CallSettings) -> AsyncGenerator[Event, None]:
         """Events as they happen, `Finished` last. Closing the iterator cancels every call.
@@ -198,6 +215,8 @@ class GraphRunner:
             if not company:
                 seconds = asyncio.get_running_loop().time() - start_s
                 self._forecast.add(node.stage, node.work.model_id, work_of(node), seconds, held=held)
+            usual_s = self._forecast.run_s(node.stage, node.work.model_id, work_of(node))
+            self._on_used(node, answer.run_s if held else min(answer.run_s, usual_s))
             return answer
         finally:
             self._running[member.replica_id] -= 1

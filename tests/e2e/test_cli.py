@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -194,3 +195,39 @@ def test_kill_9_of_up_leaves_no_process_behind(environment: dict[str, str], tmp_
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
     assert darkroom(own, "ps").returncode == 3
+
+
+def test_cache_shows_what_is_where_and_steers_it(cluster: object, environment: dict[str, str], tmp_path: Path) -> None:
+    darkroom(environment, "run", "a ring", "-o", str(tmp_path / "r.png"), "--steps", "2")
+
+    def facts() -> dict[str, Any]:
+        done = darkroom(environment, "cache", "describe", "--json")
+        assert done.returncode == 0, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def until(holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        for _ in range(20):
+            if holds(found := facts()):
+                return found
+            time.sleep(1)
+        raise AssertionError(found)
+
+    described = until(lambda found: any(model["model_id"] == "shapes" for model in found["models"]))
+    assert described["leader_id"] == described["manager_id"] != ""
+    (denoiser,) = [name for name in described["replicas"] if name.startswith("denoiser")]
+    assert {"device", "host"} <= described["replicas"][denoiser]["shapes"].keys()
+    assert darkroom(environment, "cache", "pin", "shapes").returncode == 0
+    until(lambda found: {"replica_id": denoiser, "model_id": "shapes"} in found["keeps"])
+    shown = darkroom(environment, "cache", "describe").stdout
+    assert "leads in term" in shown
+    assert "hot" in shown
+    assert darkroom(environment, "cache", "unpin", "shapes").returncode == 0
+    until(lambda found: not found["keeps"])
+    assert darkroom(environment, "cache", "drop", "shapes", "--replica", denoiser).returncode == 0
+    until(lambda found: "shapes" not in found["replicas"][denoiser])
+    assert darkroom(environment, "cache", "prefetch", "shapes", "--stage", "denoiser").returncode == 0
+    until(lambda found: "device" in found["replicas"][denoiser].get("shapes", {}))
+    refused = darkroom(environment, "cache", "pin", "nobody")
+    assert refused.returncode == 2
+    assert "MODEL_NOT_FOUND" in refused.stderr

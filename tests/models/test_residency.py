@@ -219,7 +219,7 @@ async def test_a_load_that_pins_leave_no_room_for_drops_nothing(store: Path) -> 
 
 async def test_what_the_cluster_asks_for_counts_more_than_what_was_seen_here(store: Path) -> None:
     replica = _replica(store, 2 * _size(store))
-    replica.eviction.tell({"a": Asked(rate=0.0, run_s=1.0), "b": Asked(rate=1.0, run_s=1.0)})
+    replica.eviction.tell({"a": Asked(rate=0.0, run_s=1.0), "b": Asked(rate=1.0, run_s=1.0)}, fresh_s=60.0)
     await _ask(replica, "b")
     await _ask(replica, "a", count=3)
     await _ask(replica, "d")

@@ -145,3 +145,23 @@ def test_a_model_is_fetched_from_afar_only_where_that_gains_much() -> None:
 def test_each_node_gets_one_move_at_most() -> None:
     nodes = [node("1", device="c", host="abc"[:2], disk="abcd")]
     assert len(moves(nodes, worth(a=60, b=50, d=80))) == 1
+
+
+def test_popularity_and_run_times_are_taken_over_by_another_who_then_goes_on() -> None:
+    one, other = Popularity((10.0, 100.0)), Popularity((10.0, 100.0))
+    one.add("a", 0.0, 5)
+    one.add("b", 20.0)
+    other.add("b", 25.0)
+    kept = one.counts(30.0)
+    other.restore({**kept, "c": [1.0]}, 30.0)
+    assert other.rate("a", 50.0) == pytest.approx(one.rate("a", 50.0))
+    assert other.rate("b", 30.0) < 2 * one.rate("b", 30.0), "what is known already stays"
+    assert other.rate("c", 30.0) == 0.0, "of other windows"
+    worth = Worth(one, TIMES, WorthConfig())
+    worth.add("a", 30.0, 2.0, 3)
+    worth.add("a", 30.0, 4.0, 100)
+    assert 2.0 < worth.run_s("a") < 4.0
+    worth.restore("a", 9.0)
+    worth.restore("z", 9.0)
+    assert worth.run_s("a") < 4.0
+    assert worth.run_s("z") == 9.0

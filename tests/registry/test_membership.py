@@ -62,7 +62,7 @@ async def test_a_model_that_cannot_be_a_key_is_refused_and_changes_nothing() -> 
     await registration.set_models(["sd"])
     with pytest.raises(ValueError, match="model_id"):
         await registration.set_models(["sd", "../members/vae/x"])
-    assert registration._model_ids == {"sd"}
+    assert registration._residences.keys() == {"sd"}
 
 
 async def test_a_member_that_leaves_vanishes_at_once_and_stays_away(registry: Registry) -> None:

@@ -26,6 +26,7 @@ EXAMPLES: list[tuple[errors.DarkroomError, int]] = [
     (errors.UnusableModel("shapes", "its index is empty"), code_pb2.FAILED_PRECONDITION),
     (errors.UnusableCheckpoint("its format is 2"), code_pb2.FAILED_PRECONDITION),
     (errors.StaleEpoch("1", "2"), code_pb2.FAILED_PRECONDITION),
+    (errors.Deposed("7"), code_pb2.FAILED_PRECONDITION),
     (errors.DigestMismatch("abc"), code_pb2.DATA_LOSS),
     (errors.QueueFull("64", "1.5"), code_pb2.RESOURCE_EXHAUSTED),
     (errors.DeviceFull("shapes", "5"), code_pb2.RESOURCE_EXHAUSTED),

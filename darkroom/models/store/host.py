@@ -93,7 +93,7 @@ class HostCache:
         self._pool, self._limit_bytes = pool, limit_bytes
         self.eviction = eviction or Eviction()
         """What decides for the other tiers too."""
-        self._evict = self.eviction.of(Tier.HOST, self._held_bytes)
+        self._evict = self.eviction.of(Tier.HOST, self.held_bytes)
         self._kept: dict[Key, HostFile] = {}
         self._alive: WeakValueDictionary[Key, HostFile] = WeakValueDictionary()
         self._lock = threading.Lock()
@@ -123,13 +123,21 @@ class HostCache:
                 with self._lock:
                     self._reading.pop(key, None)
 
+    def forget(self, entry_id: str) -> None:
+        """Keeps nothing for the entry's sake any longer; networks that use its files go on with them."""
+        with self._lock:
+            for key, file in list(self._kept.items()):
+                file.users.discard(entry_id)
+                if not file.users:
+                    del self._kept[key]
+
     @property
     def kept_bytes(self) -> int:
         """Of the files kept for later use, those of loaded networks among them."""
         with self._lock:
             return self._kept_total()
 
-    def _held_bytes(self, entry_id: str) -> int:
+    def held_bytes(self, entry_id: str) -> int:
         """Of what is kept for an entry. Takes no lock: it is asked while other tiers hold theirs."""
         return sum(file.header.size_bytes for file in list(self._kept.values()) if entry_id in file.users)
 

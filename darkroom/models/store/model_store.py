@@ -69,6 +69,14 @@ class ModelStore:
                     raise
         raise AssertionError
 
+    def held_bytes(self, entry_id: str) -> int:
+        """Of an entry's weights files, what is kept in memory."""
+        return self._host.held_bytes(entry_id)
+
+    def forget(self, entry_id: str) -> None:
+        """Keeps an entry's weights files in memory no longer than networks or other entries use them."""
+        self._host.forget(entry_id)
+
     def verify(self, path: Path) -> None:
         """Makes sure that a file which others will read is as it should be. Raises Corrupt, OSError."""
         expected = self._source.expected(path)
