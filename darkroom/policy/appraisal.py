@@ -34,7 +34,7 @@ class Appraisal:
         self._until_s = -math.inf
 
     def tell(self, asked: Mapping[str, Asked], until_s: float) -> None:
-        """Takes this, by model id, for what was seen here, until then; of models left out, that counts."""
+        """Takes this, by model id, for what was seen here, until then; where more was seen, that counts."""
         self._told, self._until_s = dict(asked), until_s
 
     def value_s(self, resident: Resident, tier: Tier, kept: Collection[Tier], now_s: float) -> float:
@@ -51,4 +51,5 @@ class Appraisal:
         told = self._told.get(model_id) if now_s < self._until_s else None
         if told is None:
             return self.worth.missed_share(model_id, tier, 0, now_s)
-        return self.worth.missed_share_at(told.rate, told.run_s, tier, told.others[tier])
+        rate = max(told.rate, self.worth.popularity.rate(model_id, now_s))  # it is told late of requests that ran here
+        return self.worth.missed_share_at(rate, told.run_s, tier, told.others[tier])

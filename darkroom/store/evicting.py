@@ -64,7 +64,7 @@ class Eviction:
             self._appraisal.worth.times = self._pace.times
 
     def tell(self, asked: Mapping[str, Asked], *, fresh_s: float) -> None:
-        """Takes what the whole cluster is asked for, by model id, for what this replica saw, for so long."""
+        """Takes what the whole cluster is asked for, by model id, where this replica saw less of it, for so long."""
         with self._lock:
             self._appraisal.tell(asked, self._clock() + fresh_s)
 

@@ -230,6 +230,7 @@ async def test_without_etcd_requests_are_served_and_managers_answer(
 
 async def test_an_operators_wishes_reach_the_replicas(managers: Managers) -> None:
     await managers.leader()
+    await managers.until(lambda a: all(len(one.replicas) == 4 for one in a.values()), within_s=30)  # etcd was away
     stub = next(iter(managers.stubs().values()))
     await stub.Prefetch(cachemgr_pb2.PrefetchRequest(model_id="third", copy_count=2), timeout=5)
     await managers.until(lambda a: all(len(_holders(one, "third")) == 2 for one in a.values()), within_s=30)

@@ -57,9 +57,16 @@ def test_what_is_said_of_the_cluster_counts_until_it_is_stale_and_for_the_models
     seen_s = value_s(known, "a")
     known.tell({"b": Asked(rate=1.0, run_s=2.0)}, 200.0)
     assert value_s(known, "b") > value_s(known, "a") == seen_s
-    known.tell({"a": Asked(rate=0.0, run_s=2.0)}, 200.0)
-    assert value_s(known, "a", now_s=199.0) == 0.0 == value_s(known, "b", now_s=199.0)
+    known.tell({"a": Asked(rate=1.0, run_s=2.0)}, 200.0)
+    assert value_s(known, "a", now_s=199.0) > seen_s > value_s(known, "b", now_s=199.0) == 0.0
     assert 0.0 < value_s(known, "a", now_s=200.0) < seen_s
+
+
+def test_requests_that_ran_here_count_before_anybody_says_so() -> None:
+    known = appraisal(a=3)
+    seen_s = value_s(known, "a")
+    known.tell({"a": Asked(rate=0.0, run_s=0.0)}, 200.0)
+    assert value_s(known, "a") >= seen_s
 
 
 def test_copies_elsewhere_make_one_here_worth_less_on_their_tier() -> None:
