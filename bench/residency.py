@@ -38,7 +38,8 @@ _EXPONENT = 1.1
 _SESSION_MEAN = 3.0
 """Requests of one model after each other, a second or so apart."""
 _PAUSE_S = 1.0
-_STEP_COUNT = 8
+_TOUCH_S = 2.0
+STEP_COUNT = 8
 _TIMEOUT_S = 120.0
 
 
@@ -70,7 +71,7 @@ class Outcome:
 def make_store(source: Path, store: Path) -> None:
     """Copies a model under twelve names, each with a UNet that differs in its last byte."""
     for number in range(MODEL_COUNT):
-        folder = store / _model_id(number)
+        folder = store / model_id(number)
         shutil.copytree(source, folder)
         content = bytearray((folder / _UNET).read_bytes())
         content[-1] ^= number
@@ -78,58 +79,79 @@ def make_store(source: Path, store: Path) -> None:
     write_index(store)
 
 
-def _model_id(number: int) -> str:
+def model_id(number: int) -> str:
+    """The id of one of the store's models."""
     return f"model-{number:02}"
 
 
+def touches() -> list[Arrival]:
+    """A request of each model, so that encoder and VAE hold them all, and every denoiser's room is full."""
+    prompts = distinct_prompts(MODEL_COUNT, seed=10_000)
+    return [
+        Arrival(number * _TOUCH_S, model_id(number), _task(prompt, number)) for number, prompt in enumerate(prompts)
+    ]
+
+
+def _task(prompt: str, seed: int) -> Task:
+    return Task(prompt=prompt, step_count=STEP_COUNT, guidance_scale=2.0, seed=seed)
+
+
 def stream(count: int, rate: float, seed: int) -> list[Arrival]:
-    """`count` requests, `rate` a second; equal seeds give equal streams."""
+    """`count` requests, `rate` a second, after the touches; equal seeds give equal streams."""
     rng, prompts = random.Random(seed), distinct_prompts(count, seed)
     weights = [rank**-_EXPONENT for rank in range(1, MODEL_COUNT + 1)]
     arrivals: list[tuple[float, str]] = []
-    start_s = 0.0
+    start_s = MODEL_COUNT * _TOUCH_S
     while len(arrivals) < 2 * count:  # sessions reach beyond the last one's start
         start_s += rng.expovariate(rate / _SESSION_MEAN)
         (number,) = rng.choices(range(MODEL_COUNT), weights)
         at_s = start_s
-        arrivals.append((at_s, _model_id(number)))
+        arrivals.append((at_s, model_id(number)))
         while rng.random() > 1 / _SESSION_MEAN:
             at_s += rng.expovariate(1 / _PAUSE_S)
-            arrivals.append((at_s, _model_id(number)))
+            arrivals.append((at_s, model_id(number)))
     first = sorted(arrivals)[:count]
-    return [
-        Arrival(at_s, model_id, Task(prompt=prompt, step_count=_STEP_COUNT, guidance_scale=2.0, seed=number))
-        for number, ((at_s, model_id), prompt) in enumerate(zip(first, prompts, strict=True))
-    ]
+    counted = zip(first, prompts, strict=True)
+    return [*touches(), *(Arrival(at_s, name, _task(prompt, n)) for n, ((at_s, name), prompt) in enumerate(counted))]
 
 
-async def serve(kind: EvictionKind, store: Path, arrivals: Sequence[Arrival], folder: Path) -> Outcome:
-    """A fresh cluster serves the stream; a tenth of it warms up first and does not count."""
-    config = ClusterConfig(
-        denoisers=DENOISER_COUNT,
+def warm_up_count(arrivals: Sequence[Arrival]) -> int:
+    """How many of a stream's requests do not count: the touches, and a tenth of the others."""
+    return MODEL_COUNT + (len(arrivals) - MODEL_COUNT) // 10
+
+
+def cluster_of(kind: EvictionKind, store: Path, folder: Path, denoisers: int = DENOISER_COUNT) -> ClusterConfig:
+    """A cluster whose denoisers have room for some of the models; its logs go to `folder`."""
+    return ClusterConfig(
+        denoisers=denoisers,
         model_store=store,
-        default_model=_model_id(0),
+        default_model=model_id(0),
         device_budget_bytes=_budget_bytes(store),
         eviction=kind,
         log_folder=folder,
     )
-    warm_up, counted = arrivals[: len(arrivals) // 10], arrivals[len(arrivals) // 10 :]
+
+
+async def serve(config: ClusterConfig, arrivals: Sequence[Arrival]) -> Outcome:
+    """A fresh cluster serves the stream."""
+    warm_up, folder = warm_up_count(arrivals), config.log_folder
+    assert folder is not None
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(LocalCluster(config))
         client = await stack.enter_async_context(Client(router_address=cluster.addresses.router))
-        await _send(client, warm_up)
-        loaded_count = len(_loads(folder))
-        latencies_s = await _send(client, counted)
-    loads = _loads(folder)[loaded_count:]
-    return Outcome(latencies_s, len(loads), sum(loads))
+        await send(client, arrivals[:warm_up])
+        loaded_count = len(loads(folder))
+        latencies_s = await send(client, arrivals[warm_up:])
+    counted = loads(folder)[loaded_count:]
+    return Outcome(latencies_s, len(counted), sum(counted))
 
 
 def _budget_bytes(store: Path) -> int:
     """Room for four UNets in single precision, which are stored in half, and for no fifth."""
-    return ROOM_COUNT * 2 * (store / _model_id(0) / _UNET).stat().st_size + (1 << 20)
+    return ROOM_COUNT * 2 * (store / model_id(0) / _UNET).stat().st_size + (1 << 20)
 
 
-async def _send(client: Client, arrivals: Sequence[Arrival]) -> list[float]:
+async def send(client: Client, arrivals: Sequence[Arrival]) -> list[float]:
     """The requests at their times. Returns their latencies."""
     start_s, first_s = time.monotonic(), arrivals[0].at_s
 
@@ -142,7 +164,7 @@ async def _send(client: Client, arrivals: Sequence[Arrival]) -> list[float]:
     return list(await asyncio.gather(*map(draw, arrivals)))
 
 
-def _loads(folder: Path) -> list[float]:
+def loads(folder: Path) -> list[float]:
     """Seconds of each load that a denoiser logged."""
     events = (
         json.loads(line)
@@ -195,7 +217,7 @@ async def measure(source: Path, root: Path, rounds: int, count: int, rate: float
     for number in range(rounds):
         arrivals = stream(count, rate, seed=number)
         for way, kind in WAYS.items():
-            outcome = await serve(kind, store, arrivals, root / f"{way}-{number}")
+            outcome = await serve(cluster_of(kind, store, root / f"{way}-{number}"), arrivals)
             outcomes[way].append(outcome)
             console.print(
                 f"round {number + 1}, {way}: {statistics.fmean(outcome.latencies_s):.3f} s, {outcome.load_count} loads"
