@@ -1,9 +1,9 @@
 """Distils `shapes` into `shapes-turbo`: a small UNet that draws in two steps without guidance.
 
 Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512): one step of the student is to land where two of the
-teacher's do, by DDIM. The student has half the teacher's channels, and neither its innermost level nor its middle: few
-steps alone make no lighter model for a cascade, since of prompts that leave nothing open even the teacher needs few.
-VAE and text encoder stay the teacher's.
+teacher's do, by DDIM. The student has a quarter of the teacher's channels, and neither its innermost level nor its
+middle: few steps alone make no lighter model for a cascade, since of prompts that leave nothing open even the teacher
+needs few. VAE and text encoder stay the teacher's.
 
     python -m training.distil --teacher models/shapes --out models/shapes-turbo
 """
@@ -26,12 +26,13 @@ from training.text import embed
 
 STEPS = 2
 _TEACHER_STEPS = 2  # for each of the student's
+_NARROWER = 4
 _REUSE, _KEPT_COUNT = 4, 64
 """How often a batch of the teacher's is learned from, on average, and how many are kept: it costs thrice a step."""
 
 
 def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """An untrained UNet half as wide as the teacher, without its innermost level and middle."""
+    """An untrained UNet a quarter as wide as the teacher, without its innermost level and middle."""
     config = teacher.config
     return UNet2DConditionModel(
         **{key: value for key, value in config.items() if not key.startswith("_")}
@@ -39,7 +40,8 @@ def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
             "down_block_types": config.down_block_types[:-1],
             "mid_block_type": None,
             "up_block_types": config.up_block_types[1:],
-            "block_out_channels": [width // 2 for width in config.block_out_channels[:-1]],
+            "block_out_channels": [width // _NARROWER for width in config.block_out_channels[:-1]],
+            "norm_num_groups": config.norm_num_groups // _NARROWER,
         }
     )
 
