@@ -146,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.distil", description=__doc__)
     parser.add_argument("--teacher", type=Path, default=Path("models/shapes"))
     parser.add_argument("--folder", type=Path, default=Path("out/training"), help="where the state of trainings is")
-    parser.add_argument("--limit-s", type=float, default=2600, help="CPU seconds of the whole training")
+    parser.add_argument("--limit-s", type=float, default=1300, help="CPU seconds of the whole training")
     parser.add_argument("--run-s", type=float, default=float("inf"), help="CPU seconds of this run")
     parser.add_argument("--scenes", type=int, default=16000)
     parser.add_argument("--out", type=Path, default=Path("models/shapes-turbo"))
