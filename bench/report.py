@@ -21,7 +21,9 @@ from rich.table import Table
 
 FOLDER = Path("out/bench")
 _RESAMPLE_COUNT = 2000
-console = Console(soft_wrap=True, highlight=False)
+_FILE_WIDTH = 200
+"""Of tables that go to a file: nothing is cut."""
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
 
 
 @dataclass(frozen=True, slots=True)

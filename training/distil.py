@@ -1,14 +1,15 @@
 """Distils `shapes` into `shapes-turbo`: a small UNet that draws in two steps without guidance.
 
 Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512): one step of the student is to land where two of the
-teacher's do, by DDIM. The student has half the teacher's channels, and neither its innermost level nor its middle. It is
-that which makes it the lighter model of a cascade: of prompts that leave nothing open even the teacher needs few steps, and a
-student without those levels alone draws them as well as it does. VAE and text encoder stay the teacher's.
+teacher's do, by DDIM. The student has a quarter of the teacher's channels, and neither its innermost level nor its
+middle: few steps alone make no lighter model for a cascade, since of prompts that leave nothing open even the teacher
+needs few. VAE and text encoder stay the teacher's.
 
     python -m training.distil --teacher models/shapes --out models/shapes-turbo
 """
 
 import argparse
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -25,10 +26,13 @@ from training.text import embed
 
 STEPS = 2
 _TEACHER_STEPS = 2  # for each of the student's
+_NARROWER = 4
+_REUSE, _KEPT_COUNT = 4, 64
+"""How often a batch of the teacher's is learned from, on average, and how many are kept: it costs thrice a step."""
 
 
 def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """An untrained UNet half as wide as the teacher, without its innermost level and middle."""
+    """An untrained UNet a quarter as wide as the teacher, without its innermost level and middle."""
     config = teacher.config
     return UNet2DConditionModel(
         **{key: value for key, value in config.items() if not key.startswith("_")}
@@ -36,7 +40,8 @@ def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
             "down_block_types": config.down_block_types[:-1],
             "mid_block_type": None,
             "up_block_types": config.up_block_types[1:],
-            "block_out_channels": [width // 2 for width in config.block_out_channels[:-1]],
+            "block_out_channels": [width // _NARROWER for width in config.block_out_channels[:-1]],
+            "norm_num_groups": config.norm_num_groups // _NARROWER,
         }
     )
 
@@ -48,6 +53,7 @@ class Distillation:
         self, teacher: StableDiffusionPipeline, data: Latents, plan: Plan, *, folder: Path | None = None
     ) -> None:
         self._teacher, self._data = teacher, data
+        self._kept: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=_KEPT_COUNT)
         self._guide: UNet2DConditionModel = teacher.unet.to(memory_format=torch.channels_last)
         torch.manual_seed(7)
         self._student = make_student(self._guide).train().to(memory_format=torch.channels_last)
@@ -72,14 +78,19 @@ class Distillation:
 
     def loss(self, batch: int) -> torch.Tensor:
         """The squared error of the velocity that leads in one step to where the teacher comes in several."""
+        if not self._kept or self.descent.rng.random() < 1 / _REUSE:
+            self._kept.append(self._lesson(batch))
+        noisy_BCHW, from_B, embedding_BTD, target_BCHW = self.descent.rng.choice(self._kept)
+        return F.mse_loss(self._velocity(self._student, noisy_BCHW, from_B, embedding_BTD), target_BCHW)
+
+    @torch.no_grad()
+    def _lesson(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents under noise, their time steps, their captions' embeddings, and the velocities to learn."""
         scenes, latent_BCHW = self._data.take(batch, self.descent.rng)
         embedding_BTD = self._embed([loose_caption(scene, self.descent.rng) for scene in scenes])
         from_B = _TEACHER_STEPS * torch.randint(1, STEPS + 1, (batch,))
         noisy_BCHW = self._signal(from_B) * latent_BCHW + self._noise(from_B) * torch.randn_like(latent_BCHW)
-        velocity_BCHW = self._velocity(self._student, noisy_BCHW, from_B, embedding_BTD)
-        with torch.no_grad():
-            target_BCHW = self._target(noisy_BCHW, from_B, embedding_BTD)
-        return F.mse_loss(velocity_BCHW, target_BCHW)
+        return noisy_BCHW, from_B, embedding_BTD, self._target(noisy_BCHW, from_B, embedding_BTD)
 
     def run(self, *, batch: int = 32) -> list[float]:
         """Trains until the plan ends. Returns the loss of each step."""
@@ -135,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.distil", description=__doc__)
     parser.add_argument("--teacher", type=Path, default=Path("models/shapes"))
     parser.add_argument("--folder", type=Path, default=Path("out/training"), help="where the state of trainings is")
-    parser.add_argument("--limit-s", type=float, default=1800, help="CPU seconds of the whole training")
+    parser.add_argument("--limit-s", type=float, default=1300, help="CPU seconds of the whole training")
     parser.add_argument("--run-s", type=float, default=float("inf"), help="CPU seconds of this run")
     parser.add_argument("--scenes", type=int, default=16000)
     parser.add_argument("--out", type=Path, default=Path("models/shapes-turbo"))
@@ -143,7 +154,7 @@ def main() -> None:
     torch.set_num_threads(1)
     teacher = load(options.teacher)
     data = load_latents(teacher.vae, options.folder, options.scenes)
-    plan = Plan(peak=3e-4, limit_s=options.limit_s, run_s=options.run_s, fall=0.5, decay=0.998)
+    plan = Plan(peak=1e-3, limit_s=options.limit_s, run_s=options.run_s, fall=0.5, decay=0.998)
     distillation = Distillation(teacher, data, plan, folder=options.folder)
     distillation.run()
     save_pipeline(assemble(teacher, distillation.averaged), options.out, steps=STEPS, guidance=1.0)

@@ -1,0 +1,49 @@
+"""A live cluster's counterpart: requests go where their models are, and evictions keep what is asked for often."""
+
+import random
+from typing import Literal
+
+import pytest
+
+from simulator.cluster import Cluster, Hardware
+from simulator.costs import Loader, Sizes, Work
+from simulator.live import Live, LiveConfig
+from simulator.worker import DEVICE, Job
+from simulator.workload import Request
+
+Kind = Literal["worth", "lru"]
+KINDS: tuple[Kind, ...] = ("worth", "lru")
+NAMES = tuple(f"m{number}" for number in range(6))
+LOADER = Loader(network_s=0.0, disk_s=2.0, bus_s=0.0, attach_s=0.0, is_streaming=True, overlaps=True)
+
+
+def serve(requests: list[Request], eviction: Kind, *, workers: int, room: float) -> list[Job]:
+    config = LiveConfig(
+        loader=LOADER, work=Work(fixed_s=0.1, step_s=0.05), eviction=eviction, model_bytes=10**9, model_names=NAMES
+    )
+    hardware = Hardware(worker_count=workers, rooms=(room, 0.0, 100.0))
+    return Cluster(Live(config), hardware, Sizes(0, spread=0.0), seed=0).replay(requests)
+
+
+def request(number: int, at_s: float, base: str) -> Request:
+    return Request(number=number, arrival_s=at_s, base=base, image_count=1, step_count=10)
+
+
+@pytest.mark.parametrize("eviction", KINDS)
+def test_a_request_alone_takes_its_load_its_steps_and_the_rest(eviction: Kind) -> None:
+    jobs = serve([request(0, 0.0, "m0"), request(1, 10.0, "m0")], eviction, workers=1, room=1.0)
+    assert [job.finish_s - job.request.arrival_s for job in jobs] == pytest.approx([2.0 + 0.5 + 0.1, 0.5 + 0.1])
+
+
+def test_requests_go_where_their_model_is() -> None:
+    jobs = serve([request(n, 10.0 * n, NAMES[n % 2]) for n in range(12)], "worth", workers=2, room=1.0)
+    assert len({(job.request.base, job.worker_id) for job in jobs}) == 2
+
+
+def test_evictions_by_worth_keep_what_is_asked_for_often() -> None:
+    rng, requests, at_s = random.Random(3), [], 0.0
+    for number in range(400):
+        at_s += rng.expovariate(0.5)
+        requests.append(request(number, at_s, rng.choices(NAMES, (40, 20, 1, 1, 1, 1))[0]))
+    by_worth, by_age = (serve(requests, kind, workers=1, room=3.0) for kind in KINDS)
+    assert sum(job.tier != DEVICE for job in by_worth) < sum(job.tier != DEVICE for job in by_age)
