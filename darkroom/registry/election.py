@@ -60,7 +60,7 @@ class Election:
     @property
     def leading(self) -> Fenced | None:
         """The registry for the leader's writes; None for others, and for a leader whose lease may have ended."""
-        if self._created is None or asyncio.get_running_loop().time() >= self._lease_ends_s:
+        if self._created is None or self._has_resigned or asyncio.get_running_loop().time() >= self._lease_ends_s:
             return None
         return Fenced(self._registry, Guard(key=self._key, created=self._created))
 
@@ -80,7 +80,7 @@ class Election:
 
     async def resign(self) -> None:
         """Leaves the office, if held, at once and for good. If that takes over a second, the lease's end does it."""
-        self._has_resigned, self._created = True, None
+        self._has_resigned = True
         try:
             async with asyncio.timeout(_RESIGN_DEADLINE_S), self._resigning:
                 lease, self._lease = self._lease, None

@@ -11,7 +11,7 @@ from darkroom.registry.catalogue import publish_catalogue
 from darkroom.registry.election import Election
 from darkroom.registry.etcd import EtcdRegistry
 from darkroom.registry.memory import MemoryRegistry
-from darkroom.registry.port import Guard, Registry, Revision
+from darkroom.registry.port import Claim, Guard, LeaseId, Registry, Revision
 from tests.registry.entries import make_entry
 from tests.registry.etcd_process import EtcdProcess
 from tests.registry.following import running, until
@@ -83,6 +83,32 @@ async def test_a_leader_that_resigns_is_followed_at_once_in_a_higher_term(regist
             assert before
             assert second.leading
             assert second.leading.term > before.term
+
+
+class Slow(MemoryRegistry):
+    """Grants a claim long before it says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = asyncio.Event()
+
+    async def claim(self, key: str, value: bytes, *, lease: LeaseId) -> Claim:
+        found = await super().claim(key, value, lease=lease)
+        await self.answers.wait()
+        return found
+
+
+async def test_who_resigns_while_being_elected_never_leads() -> None:
+    registry = Slow()
+    election = candidate(registry, "a")
+    async with running(election.run()):
+        await until(lambda: OFFICE in registry._state)
+        resigning = asyncio.create_task(election.resign())
+        await asyncio.sleep(0)
+        registry.answers.set()
+        await resigning
+        assert election.leading is None
+        assert OFFICE not in await registry.read(keys.ROOT)
 
 
 async def test_a_dead_leader_is_followed_within_its_lease(registry: Registry) -> None:
