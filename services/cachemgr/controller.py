@@ -51,6 +51,8 @@ class Controller:
         self._guessed, self._config, self._clock = guessed, config, clock
         self._interval_s, self._snapshot_interval_s = interval_s, snapshot_interval_s
         self._kept_s = self._published_s = -float("inf")
+        self._version = 0
+        """Of the plan that was published last: one that was damaged since must not set it back."""
         self._asked = asyncio.Event()
         self._on_pins = on_pins
         self.pins: tuple[Pin, ...] = ()
@@ -88,9 +90,9 @@ class Controller:
         situation = self._situation(before, asked, now_s)
         plan = replace(make_plan(situation, now_s, self._config), term=leading.term, version=before.version)
         if plan != before or now_s - self._published_s >= self._config.repeat_s:
-            plan = replace(plan, version=before.version + 1)
+            plan = replace(plan, version=max(before.version, self._version) + 1)
             await leading.put(keys.PLAN, plan_json(plan))
-            self._published_s = now_s
+            self._published_s, self._version = now_s, plan.version
             self._tell(plan, before)
         await self._forget_granted(leading, asked, situation, now_s)
         return plan

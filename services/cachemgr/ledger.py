@@ -33,13 +33,13 @@ class Ledger:
 
     def add(self, report: UsageReport, now_s: float) -> bool:
         """Counts a report. False, and nothing counted, for one that was counted before."""
-        self._loads[report.reporter_id] = (now_s, frozenset(name for name, running in report.loads if running))
         if report.sequence <= self._sequences.get(report.reporter_id, 0):
             return False
         self._sequences[report.reporter_id] = report.sequence
         self._sequences.move_to_end(report.reporter_id)
         if len(self._sequences) > _MAX_REPORTERS:
             self._loads.pop(self._sequences.popitem(last=False)[0], None)
+        self._loads[report.reporter_id] = (now_s, frozenset(name for name, running in report.loads if running))
         for usage in report.usages:
             if self._is_known(usage.model_id):
                 self.worth(usage.stage).add(usage.model_id, now_s, usage.run_s / usage.count, usage.count)

@@ -25,6 +25,7 @@ from tests.registry.entries import make_entry, make_lora_entry
 
 MODELS = ("sd", "flux", "rare")
 ROOM = 40 << 30
+_STOP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +82,9 @@ class Managers:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stops everything."""
-        await self._closing.aclose()
+        """Stops everything. Raises TimeoutError if something does not stop."""
+        async with asyncio.timeout(_STOP_S):
+            await self._closing.aclose()
 
     def _keep(self, model_ids: Collection[str]) -> None:
         self.kept = model_ids

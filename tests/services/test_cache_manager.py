@@ -15,6 +15,7 @@ from darkroom.registry.cache_plan import parse_plan, wish_json
 from darkroom.registry.residence import Residence
 from darkroom.v1 import cachemgr_pb2, stage_pb2
 from darkroom.wire.status import from_rpc_error
+from darkroom.wire.usage import UsageReport
 from tests.registry.following import until
 from tests.services.managers import Managers, RunningManager
 
@@ -72,6 +73,14 @@ async def test_a_report_counts_once_however_often_it_is_sent(managers: Managers)
     assert (await manager.describe()).popularities[0].rate == pytest.approx(2 * before, rel=0.02)
     assert await manager.report(1, reporter_id="router-2", sd=20)
     assert (await manager.describe()).popularities[0].rate == pytest.approx(4 * before, rel=0.02)
+
+
+async def test_who_is_busy_is_what_the_newest_report_says(managers: Managers) -> None:
+    ledger = (await managers.manager()).manager.ledger
+    for sequence, count in ((1, 1), (2, 0), (1, 1)):
+        loads = (("denoiser-1", count),)
+        ledger.add(UsageReport(reporter_id="router-1", sequence=sequence, usages=(), loads=loads), 0.0)
+    assert ledger.busy_ids(1.0) == frozenset()
 
 
 async def test_what_is_in_no_catalogue_is_not_counted(managers: Managers) -> None:
@@ -148,7 +157,7 @@ async def test_a_deposed_leader_cannot_write_its_plan(managers: Managers) -> Non
             await asyncio.sleep(0.02)
     before = await managers.registry.read(keys.ROOT + "cache/")
     with pytest.raises(Deposed):
-        await leader.manager._controller.plan_once(stale)
+        await asyncio.wait_for(leader.manager._controller.plan_once(stale), 3)
     assert parse_plan((await managers.registry.read(keys.PLAN))[keys.PLAN]).term > stale.term
     assert before.keys() == (await managers.registry.read(keys.ROOT + "cache/")).keys()
 
@@ -234,6 +243,18 @@ async def test_a_plan_that_does_not_change_is_published_again_now_and_then(manag
         while (after := await plan_of(managers)).version == before.version:
             await asyncio.sleep(0.02)
     assert after.version == before.version + 1
+
+
+async def test_a_damaged_plan_is_replaced_by_one_that_followers_take(managers: Managers) -> None:
+    await managers.replica("denoiser-1", "sd")
+    manager = await managers.manager()
+    async with asyncio.timeout(5):
+        while not (before := await plan_of(managers)).version:
+            await asyncio.sleep(0.02)
+    await managers.registry.put(keys.PLAN, b"damaged")
+    async with asyncio.timeout(5):
+        while (await manager.describe()).plan.version <= before.version:
+            await asyncio.sleep(0.02)
 
 
 async def test_wishes_that_cannot_be_are_refused_by_name(managers: Managers) -> None:
