@@ -27,13 +27,13 @@ class PartTiers:
 
     def __init__(self, store: ModelStore, stage: str) -> None:
         self._store, self._stage = store, stage
-        self._known: frozenset[str] = frozenset()
-        """What this process ever had: nobody else puts anything into its memory."""
+        self._known: set[str] = set()
+        """What this process ever had: nobody else puts anything into its memory. Only grows, by atomic steps."""
 
     def bring(self, model_id: str, tier: Tier) -> None:
         """Brings a part to disk or memory. Raises ModelNotFound, UnusableModel or StoreUnavailable."""
         fetch_part(self._store, model_id, self._stage)
-        self._known |= {model_id}
+        self._known.add(model_id)
         if tier is Tier.HOST:
             try:
                 for path in self._files(model_id):
@@ -43,8 +43,8 @@ class PartTiers:
 
     def copies(self, loaded: Mapping[str, Copy], model_ids: Collection[str]) -> dict[str, Copy]:
         """What there is of these models and of those known, on any tier, but of which there is nothing."""
-        self._known |= loaded.keys()
-        asked = sorted({*model_ids, *self._known})
+        self._known.update(loaded)
+        asked = sorted(self._known.union(model_ids))
         found = {model_id: self._seen(loaded.get(model_id, Copy()), model_id) for model_id in asked}
         return {model_id: copy for model_id, copy in found.items() if copy != Copy()}
 
