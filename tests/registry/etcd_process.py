@@ -1,5 +1,6 @@
 """A real etcd as a process, for tests: started, killed, frozen, and started again on the same port and data."""
 
+import os
 import shutil
 import signal
 import socket
@@ -59,8 +60,10 @@ class EtcdProcess:
         shutil.rmtree(self.data_dir)
 
     def freeze(self) -> None:
-        """Stops it where it is: connections stay open and nothing answers."""
+        """Stops it where it is: connections stay open and nothing answers. Returns once it has stopped."""
+        assert self._process is not None
         self._signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def thaw(self) -> None:
         """Lets it go on."""
