@@ -6,12 +6,13 @@ have been stopped between looking and writing.
 """
 
 import asyncio
-import logging
+
+import structlog
 
 from darkroom.errors import RegistryUnavailable
 from darkroom.registry.port import Guard, LeaseId, Registry, Revision
 
-_LOG = logging.getLogger(__name__)
+_log = structlog.get_logger()
 _MAX_PAUSE_S = 1.0
 _RETRY_S = 0.25
 _RESIGN_DEADLINE_S = 1.0
@@ -87,7 +88,7 @@ class Election:
                 if lease is not None:
                     await self._registry.revoke(lease)
         except (RegistryUnavailable, TimeoutError) as error:
-            _LOG.debug("candidate %s leaves when its lease ends: %s", self._id, error)
+            _log.debug("resigns_when_its_lease_ends", problem=str(error))
 
     async def _watch(self) -> None:
         async for state in self._registry.watch(self._key):
@@ -103,7 +104,7 @@ class Election:
                     await self._claim()
                 pause_s = min(self._ttl_s / 3, _MAX_PAUSE_S)
             except RegistryUnavailable as error:
-                _LOG.debug("candidate %s waits for the registry: %s", self._id, error)
+                _log.debug("election_waits_for_registry", problem=error.message)
                 pause_s = _RETRY_S
             await self._pause(pause_s)
 
@@ -124,11 +125,16 @@ class Election:
         lease = await self._living_lease()
         claim = await self._registry.claim(self._key, self._id.encode(), lease=lease)
         self.leader_id = claim.value.decode(errors="replace")
-        mine = claim.created if self.leader_id == self._id else None
-        if mine != self._created:
-            _LOG.info("candidate %s %s", self._id, f"leads in term {mine}" if mine else "leads no longer")
-        self._created = mine
-        if mine is not None:
+        self._hold(claim.created if self.leader_id == self._id else None)
+
+    def _hold(self, created: Revision | None) -> None:
+        """Takes the office of this term, or is out of office from now on."""
+        if self._created not in {None, created}:
+            _log.info("leads_no_longer", term=self._created)
+        if created not in {None, self._created}:
+            _log.info("leads", term=created)
+        self._created = created
+        if created is not None:
             self._elected.set()
 
     async def _living_lease(self) -> LeaseId:
@@ -137,7 +143,8 @@ class Election:
         asked_s = loop.time()
         left_s = await self._registry.keep_alive(self._lease) if self._lease is not None else 0.0
         if self._lease is None or left_s <= 0:
-            self._created, self._lease = None, await self._registry.grant(self._ttl_s)
+            self._hold(None)
+            self._lease = await self._registry.grant(self._ttl_s)
             left_s = float(self._ttl_s)
         self._lease_ends_s = asked_s + left_s
         return self._lease

@@ -181,6 +181,8 @@ async def test_a_leader_that_is_killed_is_followed_within_its_lease_and_no_model
 
     answers = await managers.until(has_new_leader, within_s=LEASE_S + 3.0)
     assert asyncio.get_running_loop().time() - killed_s <= LEASE_S + 2.0
+    follower = next(child for child, answer in answers.items() if answer.leader_id == answer.manager_id)
+    assert any('"event": "leads"' in line for line in _lines(cluster.child(follower).log))
     answers = await managers.until(
         lambda answers: any(a.plan.term > before.plan.term for a in answers.values()), within_s=10
     )
