@@ -4,54 +4,74 @@ A LoRA is worth its name if things are painted in its style, without a word in t
 it and with it. A ControlNet is if the thing is where its picture says, to half of a latent pixel, and of the shape that
 was asked for: that share, and the share by chance, of the same pictures against the edges of others.
 
-    python -m bench.quality_adapters --count 300
+    python -m bench.quality_adapters --count 300 --sheet docs/images/adapters.png
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from bench import report
 from darkroom.registry.catalogue import GuideEntry, LoraEntry, read_model_store
-from training.controlnet import follow
-from training.evaluate import easy_scenes, generate, interval, load, model_defaults
-from training.styles import share_in_style
+from training.controlnet import edges, follow, followed, some_anywhere
+from training.evaluate import contact_sheet, easy_scenes, generate, interval, load, model_defaults
+from training.styles import is_visible, share_in_style
+
+T = TypeVar("T")
+_SHOWN_COUNT = 10
 
 
-def of_lora(store: Path, entry: LoraEntry, count: int) -> dict[str, Any]:
-    """The share of pictures in the LoRA's style, without and with it. Its id ends with the style's name."""
+def of_lora(store: Path, entry: LoraEntry, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """The share of pictures in the LoRA's style, without and with it, and some of them. Its id ends with the style."""
     base, style = store / str(entry.base_model), entry.lora_id.rsplit("-", 1)[-1]
-    pipe, scenes, settings = load(base), easy_scenes(count), model_defaults(base)
-    without = share_in_style(generate(pipe, scenes, **settings), scenes, style)
+    pipe, settings = load(base), model_defaults(base)
+    scenes = [scene for scene in easy_scenes(2 * count) if is_visible(scene, style)][:count]
+    without = generate(pipe, scenes, **settings)
     pipe.load_lora_weights(store / entry.lora_id)
-    with_it = share_in_style(generate(pipe, scenes, **settings), scenes, style)
-    return {"name": entry.lora_id, "what": f"painted in {style}", "without": without, "with": with_it}
+    with_it = generate(pipe, scenes, **settings)
+    shares = {key: share_in_style(pictures, scenes, style) for key, pictures in _pair(without, with_it)}
+    return {"name": entry.lora_id, "what": f"painted in {style}", **shares}, _some(without, with_it)
 
 
-def of_controlnet(store: Path, entry: GuideEntry, count: int) -> dict[str, Any]:
-    """The share of things that are where the edges are, and where edges of the next picture would have them."""
-    base = store / str(entry.base_model)
+def of_controlnet(store: Path, entry: GuideEntry, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """The share of things that are where the edges are, where the next picture's edges would have them, and some."""
+    base, drawings = store / str(entry.base_model), some_anywhere(count)
     parts = {**load(base).components, "controlnet": ControlNetModel.from_pretrained(store / entry.guide_id)}
     pipe = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    followed = follow(pipe, count, **model_defaults(base))
+    pictures = follow(pipe, drawings, **model_defaults(base))
+    share = followed(pictures, drawings)
     what = "shape and place as its picture says"
-    return {"name": entry.guide_id, "what": what, "without": followed.by_chance, "with": followed.share}
+    row = {"name": entry.guide_id, "what": what, **dict(_pair(share.by_chance, share.share))}
+    return row, _some(np.stack([edges(drawing.masks) for drawing in drawings]), pictures)
+
+
+def _pair(without: T, with_it: T) -> list[tuple[str, T]]:
+    return [("without", without), ("with", with_it)]
+
+
+def _some(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.concatenate([above[:_SHOWN_COUNT], below[:_SHOWN_COUNT]])
 
 
 def main() -> None:
     """Prints the table."""
     parser = report.command_line("quality_adapters", "What LoRAs and ControlNets do to pictures.")
     parser.add_argument("--count", type=int, default=300, help="pictures of each")
+    parser.add_argument("--sheet", type=Path, help="write some pictures of each to this file: two rows an adapter")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    on, count = report.machine(), 10 if options.quick else options.count
+    on, count = report.machine(), _SHOWN_COUNT if options.quick else options.count
     listing = read_model_store(options.model_store)
-    rows = [of_lora(options.model_store, entry, count) for entry in listing.loras if entry.base_model]
-    rows += [of_controlnet(options.model_store, entry, count) for entry in listing.guides if entry.base_model]
+    found = [of_lora(options.model_store, entry, count) for entry in listing.loras if entry.base_model]
+    found += [of_controlnet(options.model_store, entry, count) for entry in listing.guides if entry.base_model]
+    if options.sheet:
+        contact_sheet(np.concatenate([some for _, some in found]), _SHOWN_COUNT).save(options.sheet, optimize=True)
     head = ("adapter", "what", "without it", "with it")
+    rows = [row for row, _ in found]
     shown = ((row["name"], row["what"], *(_share(row[key], count) for key in ("without", "with"))) for row in rows)
     report.table(f"{count} pictures of one thing each", head, shown)
     report.finish("quality_adapters", on, {"rows": rows, "count": count})

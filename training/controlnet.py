@@ -9,6 +9,7 @@ lines on black, as any edge detector makes them.
 import argparse
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,14 +129,12 @@ class Followed:
 
 
 @torch.no_grad()
-def follow(pipe: StableDiffusionControlNetPipeline, count: int, *, steps: int, guidance: float) -> Followed:
-    """Draws `count` things along edges, and looks where they are."""
-    rng = random.Random(_TEST_SEED)
-    drawings = [draw_anywhere(rng) for _ in range(count)]
-    asked = [find(drawing.picture)[0] for drawing in drawings]
-    seen = []
-    for seed, drawing in enumerate(drawings):
-        answer = pipe(
+def follow(
+    pipe: StableDiffusionControlNetPipeline, drawings: Sequence[Drawing], *, steps: int, guidance: float
+) -> np.ndarray:
+    """Draws a thing along the edges of each drawing's: [N, H, W, 3] uint8."""
+    answers = [
+        pipe(
             placeless_caption(drawing.scene),
             image=Image.fromarray(edges(drawing.masks)),
             num_inference_steps=steps,
@@ -143,9 +142,23 @@ def follow(pipe: StableDiffusionControlNetPipeline, count: int, *, steps: int, g
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
         )
-        forms = find((answer.images[0] * 255).round().astype(np.uint8))
-        seen.append(forms[0] if len(forms) == 1 else None)
+        for seed, drawing in enumerate(drawings)
+    ]
+    return (np.stack([answer.images[0] for answer in answers]) * 255).round().astype(np.uint8)
+
+
+def followed(pictures: np.ndarray, drawings: Sequence[Drawing]) -> Followed:
+    """How often the thing in a picture is where its drawing has it."""
+    asked = [find(drawing.picture)[0] for drawing in drawings]
+    found = [find(picture) for picture in pictures]
+    seen = [forms[0] if len(forms) == 1 else None for forms in found]
     return Followed(_share_agreeing(seen, asked), _share_agreeing(seen, [*asked[1:], asked[0]]))
+
+
+def some_anywhere(count: int) -> list[Drawing]:
+    """Drawings that no training saw, each of a thing anywhere."""
+    rng = random.Random(_TEST_SEED)
+    return [draw_anywhere(rng) for _ in range(count)]
 
 
 def _share_agreeing(seen: list[Form | None], asked: list[Form | None]) -> float:
@@ -163,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.controlnet", description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("models/shapes"))
     parser.add_argument("--folder", type=Path, default=Path("out/training"), help="where the state of trainings is")
-    parser.add_argument("--limit-s", type=float, default=3000, help="CPU seconds of the whole training")
+    parser.add_argument("--limit-s", type=float, default=1300, help="CPU seconds of the whole training")
     parser.add_argument("--run-s", type=float, default=float("inf"), help="CPU seconds of this run")
     parser.add_argument("--scenes", type=int, default=6000)
     parser.add_argument("--out", type=Path, default=Path("models/shapes-edges"))

@@ -4,7 +4,7 @@ The distance is Fréchet's (Heusel et al. 2017, arXiv 1706.08500), with these fe
 saw a flat shape: figures compare with each other, not with those of other papers. Unlike the judge, it counts what no
 rule names: soft edges, dirt, wrong shades.
 
-    python -m training.features --limit-s 600 --out models/judge
+    python -m training.features --limit-s 400 --out models/judge
 """
 
 import argparse
@@ -157,7 +157,7 @@ def main() -> None:
     """Trains the network, says how much of drawn truth it reads, and saves it in half precision."""
     parser = argparse.ArgumentParser(prog="python -m training.features", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("out/training"), help="where the state of trainings is")
-    parser.add_argument("--limit-s", type=float, default=600, help="CPU seconds of the whole training")
+    parser.add_argument("--limit-s", type=float, default=400, help="CPU seconds of the whole training")
     parser.add_argument("--run-s", type=float, default=float("inf"), help="CPU seconds of this run")
     parser.add_argument("--out", type=Path, default=Path("models/judge"))
     options = parser.parse_args()

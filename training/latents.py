@@ -27,6 +27,13 @@ class Latents:
     latents: torch.Tensor
     """[N, 4, 16, 16] half precision, scaled to unit deviation."""
 
+    def mostly_easy(self, hard_share: float) -> "Latents":
+        """All scenes of one object, and the first of two, so many that they are `hard_share` of the whole."""
+        easy = [row for row, scene in enumerate(self.scenes) if not scene.is_hard]
+        hard = [row for row, scene in enumerate(self.scenes) if scene.is_hard]
+        rows = easy + hard[: round(len(easy) * hard_share / (1 - hard_share))]
+        return Latents([self.scenes[row] for row in rows], self.latents[rows])
+
     def take(self, count: int, rng: random.Random) -> tuple[list[Scene], torch.Tensor]:
         """Random scenes and their latents [count, 4, 16, 16] float32, channels last."""
         rows = [rng.randrange(len(self.scenes)) for _ in range(count)]

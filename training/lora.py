@@ -26,6 +26,8 @@ from training.scenes import STYLES
 from training.text import embed
 
 RANK = 8
+_LIMIT_S = {"outline": 800, "stripes": 1700, "shadow": 300}
+"""CPU seconds that a style takes to be learned."""
 _UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 _TRANSFORMER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out"]
 
@@ -89,7 +91,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("models/shapes"))
     parser.add_argument("--style", choices=STYLES[1:], required=True)
     parser.add_argument("--folder", type=Path, default=Path("out/training"), help="where the state of trainings is")
-    parser.add_argument("--limit-s", type=float, default=1200, help="CPU seconds of the whole training")
+    parser.add_argument("--limit-s", type=float, help="CPU seconds of the whole training, by style unless given")
     parser.add_argument("--run-s", type=float, default=float("inf"), help="CPU seconds of this run")
     parser.add_argument("--scenes", type=int, default=4000)
     parser.add_argument("--out", type=Path, required=True)
@@ -97,7 +99,8 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = load(options.model)
     data = load_latents(pipe.vae, options.folder, options.scenes, options.style)
-    plan = Plan(peak=1e-3, limit_s=options.limit_s, run_s=options.run_s, fall=0.5, decay=0.99)
+    limit_s = options.limit_s or _LIMIT_S[options.style]
+    plan = Plan(peak=1e-3, limit_s=limit_s, run_s=options.run_s, fall=0.5, decay=0.99)
     training = LoraTraining(pipe, options.style, data, plan, folder=options.folder)
     training.run()
     training.save(options.out, base=options.model.name)

@@ -23,6 +23,7 @@ from training.scenes import (
 
 _UNIT_PX = 24.0
 _LEAST_AREA_PX = 60
+_LEAST_DIFFERENCE = 0.3  # of 255, over the whole picture
 
 
 def style_of(picture: np.ndarray, asked: Scene) -> str | None:
@@ -39,6 +40,13 @@ def style_of(picture: np.ndarray, asked: Scene) -> str | None:
     spot = Spot(x, y, scale * _UNIT_PX)
     drawn = {style: draw_at(asked, [spot], style).picture.astype(np.float32) for style in STYLES}
     return min(STYLES, key=lambda style: float(np.abs(drawn[style] - picture).mean()))
+
+
+def is_visible(scene: Scene, style: str) -> bool:
+    """Whether a style shows on a scene: a shadow does not on black."""
+    spot = Spot(SIZE_PX / 2, SIZE_PX / 2, _UNIT_PX)
+    flat, styled = (draw_at(scene, [spot], kind).picture.astype(np.float32) for kind in ("flat", style))
+    return float(np.abs(styled - flat).mean()) > _LEAST_DIFFERENCE
 
 
 def share_in_style(pictures: np.ndarray, asked: Sequence[Scene], style: str) -> float:

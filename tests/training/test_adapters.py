@@ -9,7 +9,7 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 
 from tests.training.tiny import PLAN, falls, latents, tiny_shapes
-from training.controlnet import ControlNetTraining, draw_anywhere, edges, make_guided
+from training.controlnet import ControlNetTraining, draw_anywhere, edges, follow, followed, make_guided, some_anywhere
 from training.dit import assemble as dit
 from training.dit import make_transformer
 from training.evaluate import easy_scenes
@@ -46,8 +46,14 @@ def test_the_controlnet_learns_and_diffusers_loads_it(tmp_path: Path) -> None:
     save_network(training.averaged, tmp_path, base="shapes")
     parts = {**pipe.components, "controlnet": ControlNetModel.from_pretrained(tmp_path)}
     steered = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
-    lines = torch.from_numpy(edges(draw_anywhere(random.Random(1)).masks)).permute(2, 0, 1)[None].float() / 255
-    assert steered("a red circle", image=lines, num_inference_steps=2, output_type="np").images.shape[1] == SIZE_PX
+    pictures = follow(steered, some_anywhere(2), steps=2, guidance=2.0)
+    assert pictures.shape == (2, SIZE_PX, SIZE_PX, 3)
+
+
+def test_drawings_themselves_are_where_their_edges_are_and_not_where_others_are() -> None:
+    drawings = some_anywhere(30)
+    share = followed(np.stack([drawing.picture for drawing in drawings]), drawings)
+    assert (share.share, share.by_chance) == (1.0, 0.0)
 
 
 def test_a_thing_anywhere_stays_inside_and_its_edges_run_along_it() -> None:

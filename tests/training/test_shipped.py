@@ -5,13 +5,15 @@ import random
 import pytest
 from transformers import CLIPTokenizer
 
-from darkroom.registry.catalogue import read_model_store
+from bench.quality_adapters import of_controlnet, of_lora
+from darkroom.registry.catalogue import GuideEntry, LoraEntry, read_model_store
 from tests.shipped import MODELS
 from training.evaluate import easy_scenes, generate, hard_scenes, load, model_defaults
 from training.judge import mark_all
 from training.scenes import loose_caption, random_scenes
 from training.tokenizer import MAX_TOKENS, make_tokenizer
 
+SHIPPED = read_model_store(MODELS)
 MOST_BYTES = 60_000_000
 LEAST_RIGHT = {"shapes": (0.85, 0.70), "shapes-dit": (0.80, 0.65)}
 """Of easy and of hard prompts, in a sample of 20 each: the bars are 95 % and 80 % of hundreds,
@@ -23,10 +25,9 @@ def test_what_ships_is_small() -> None:
 
 
 def test_nothing_that_ships_is_refused_by_the_store() -> None:
-    shipped = read_model_store(MODELS)
-    assert not shipped.refused
-    bases = {lora.base_model for lora in shipped.loras} | {guide.base_model for guide in shipped.guides}
-    assert bases <= {model.model_id for model in shipped.models}
+    assert not SHIPPED.refused
+    bases = {lora.base_model for lora in SHIPPED.loras} | {guide.base_model for guide in SHIPPED.guides}
+    assert bases <= {model.model_id for model in SHIPPED.models}
 
 
 @pytest.mark.parametrize("model_id", LEAST_RIGHT)
@@ -51,8 +52,24 @@ def test_a_shipped_model_draws_what_the_prompt_says(model_id: str) -> None:
         assert sum(m.everything for m in marks) >= least * len(scenes)
 
 
-@pytest.mark.parametrize("model_id", LEAST_RIGHT)
-def test_every_shipped_model_has_a_card(model_id: str) -> None:
-    card = (MODELS / model_id / "README.md").read_text()
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", SHIPPED.loras, ids=lambda entry: entry.lora_id)
+def test_a_shipped_lora_paints_in_its_style(entry: LoraEntry) -> None:
+    row, _ = of_lora(MODELS, entry, 10)
+    assert row["without"] <= 0.3
+    assert row["with"] >= 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", SHIPPED.guides, ids=lambda entry: entry.guide_id)
+def test_the_shipped_controlnet_puts_things_where_the_edges_are(entry: GuideEntry) -> None:
+    row, _ = of_controlnet(MODELS, entry, 6)
+    assert row["without"] <= 0.3
+    assert row["with"] >= 0.8
+
+
+@pytest.mark.parametrize("folder", [folder.name for folder in MODELS.iterdir() if folder.is_dir()])
+def test_all_that_ships_has_a_card(folder: str) -> None:
+    card = (MODELS / folder / "README.md").read_text()
     for part in ("license:", "**Data.**", "**Recipe.**", "**Measured**", "**Limits.**", "**Licence.**"):
         assert part in card

@@ -20,7 +20,8 @@ from training.dit import DitTraining, GuidanceTraining, pack, positions
 from training.dit import assemble as dit
 from training.evaluate import interval
 from training.features import FEATURES, features_of, frechet_distance, share_read, train_reader
-from training.scenes import Scene, Thing, make_dataset, single
+from training.latents import Latents
+from training.scenes import Scene, Thing, make_dataset, random_scenes, single
 from training.scorer import ScorerTraining, confidence, make_processor, seen
 from training.text import Kind, TextTraining, make_t5_encoder, told
 from training.tokenizer import caption_words, make_t5_tokenizer
@@ -153,6 +154,14 @@ def test_the_student_learns_and_its_pipeline_draws() -> None:
     assert pictures.shape == (1, 128, 128, 3)
     assert pipe.scheduler.timesteps.tolist() == distillation.timesteps == [999, 499]
     assert len(distillation.averaged.down_blocks) == len(teacher.unet.down_blocks) - 1
+
+
+def test_few_lessons_of_the_student_are_of_two_things() -> None:
+    scenes = random_scenes(500, seed=1)
+    few = Latents(scenes, torch.arange(500.0)).mostly_easy(0.1)
+    assert sum(scene.is_hard for scene in few.scenes) / len(few.scenes) == pytest.approx(0.1, abs=0.01)
+    assert sum(not scene.is_hard for scene in few.scenes) == sum(not scene.is_hard for scene in scenes)
+    assert [scenes[int(row)] for row in few.latents] == few.scenes
 
 
 def test_the_transformer_learns_and_so_does_its_guidance() -> None:
