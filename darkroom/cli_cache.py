@@ -45,7 +45,7 @@ def prefetch(  # noqa: PLR0917 - a command's options
     copies: Copies = 1,
     cachemgr: CachemgrAddress = "",
 ) -> None:
-    """Bring a model near before it is asked for. Replicas do so when they are idle."""
+    """Bring a model near before it is asked for. Replicas do so when they are idle, or after 30 s."""
 
     async def ask() -> None:
         async with _client(cachemgr) as client:

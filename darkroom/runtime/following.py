@@ -1,7 +1,8 @@
 """A stage replica follows the cache manager's plan, and says what it has.
 
-The rule: the plan is advice. What it asks is done one thing at a time while no request runs; what goes wrong is logged
-and tried again later; without a plan everything goes on as it would.
+The rule: the plan is advice. What it asks is done one thing at a time, while no request runs or beside those that it
+does not disturb, and under steady load after half a minute; what goes wrong is logged and tried again later; without a
+plan everything goes on as it would.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ _TELL_INTERVAL_S = 5.0
 _FRESH_S = 60.0
 """How long a plan's rates count: three times as long as a leader lets pass before it publishes the plan again."""
 _PATIENCE_S = 30.0
-"""How long what an operator wants waits for a replica to be idle. Nothing else is done beside requests."""
+"""How long an order waits for the replica to be idle: under steady load it never is."""
 
 
 class Holder(Protocol):
@@ -66,10 +67,16 @@ class PlanFollower:
         holder: Holder,
         plans: PlanView,
         elsewhere: Callable[[], Mapping[str, tuple[int, int, int]]] = dict,
+        *,
+        is_apart: bool = False,
     ) -> None:
-        """`elsewhere`: copies of models that other replicas have, by tier."""
+        """`elsewhere`: copies of models that other replicas have, by tier.
+
+        `is_apart`: whether the device has a memory of its own. Then requests do not notice what comes to the host's or
+        to disk.
+        """
         self._replica_id, self._stage, self._holder, self._plans = replica_id, stage, holder, plans
-        self._elsewhere = elsewhere
+        self._elsewhere, self._is_apart = elsewhere, is_apart
         self._told: tuple[int, int] | None = None
         """Term and version of the plan that was passed on last."""
         self._told_s = self._seen_s = -math.inf
@@ -77,7 +84,7 @@ class PlanFollower:
         """What was carried out, and when it lapses."""
         self._retry_s: dict[Order, float] = {}
         self._since_s: dict[Order, float] = {}
-        """When each was first seen."""
+        """Since when each waits for the replica to be idle."""
         self._bringing: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -119,7 +126,8 @@ class PlanFollower:
         now_s = time.monotonic()
         if self._retry_s.get(order, 0.0) > now_s:
             return False
-        return self._holder.is_idle or (order.is_wished and now_s - self._since_s[order] > _PATIENCE_S)
+        is_beside = self._is_apart and order.tier is not Tier.DEVICE
+        return is_beside or self._holder.is_idle or now_s - self._since_s[order] > _PATIENCE_S
 
     async def _carry_out(self, order: Order) -> None:
         start_s = time.monotonic()
@@ -127,15 +135,20 @@ class PlanFollower:
         try:
             await self._holder.bring(order.model_id, order.tier)
         except DarkroomError as error:
-            self._retry_s[order] = time.monotonic() + _RETRY_S
+            self._put_off(order)
             _log.warning("order_failed", **facts, reason=error.reason(), problem=error.message)
             return
         except Exception:  # noqa: BLE001 - whatever it is, the replica goes on serving
-            self._retry_s[order] = time.monotonic() + _RETRY_S
+            self._put_off(order)
             _log.exception("order_failed", **facts)
             return
         self._done[order] = order.until_s
         _log.info("order_done", **facts, took_s=round(time.monotonic() - start_s, 3))
+
+    def _put_off(self, order: Order) -> None:
+        """Tries it again later, and beside requests much later."""
+        self._since_s[order] = time.monotonic()
+        self._retry_s[order] = self._since_s[order] + _RETRY_S
 
 
 class CopyReporter:

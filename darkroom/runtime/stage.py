@@ -187,7 +187,8 @@ class StageProcess:
         self._registration = Registration(self._registry, member)
         self._plans = PlanView(self._registry)
         elsewhere = functools.partial(copies_elsewhere, self._view, member)
-        self._follower = PlanFollower(replica_id, stage, self.replica, self._plans, elsewhere)
+        is_apart = config.device.startswith("cuda")
+        self._follower = PlanFollower(replica_id, stage, self.replica, self._plans, elsewhere, is_apart=is_apart)
         is_remote = is_url(config.model_store)  # else all of the store lies on this machine's disk
         self._reporter = CopyReporter(
             self.replica,
