@@ -33,6 +33,9 @@ _FRESH_S = 60.0
 _PATIENCE_S = 30.0
 """How long an order waits for the replica to be idle: under steady load it never is."""
 
+_PROBLEM_LENGTH = 200
+"""Of what goes to the registry."""
+
 
 class Holder(Protocol):
     """What a plan moves models about in."""
@@ -85,7 +88,13 @@ class PlanFollower:
         self._retry_s: dict[Order, float] = {}
         self._since_s: dict[Order, float] = {}
         """Since when each waits for the replica to be idle."""
+        self._problems: dict[Order, str] = {}
         self._bringing: asyncio.Task[None] | None = None
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """By model, why what was ordered and stands could not be done."""
+        return {order.model_id: problem for order, problem in self._problems.items()}
 
     async def run(self) -> None:
         """Follows until cancelled."""
@@ -109,6 +118,7 @@ class PlanFollower:
         orders = [order for order in plan.orders_of(self._replica_id) if not order.is_done and order.until_s > now_s]
         self._since_s = {order: self._since_s.get(order, time.monotonic()) for order in orders}
         self._retry_s = {order: self._retry_s[order] for order in orders if order in self._retry_s}
+        self._problems = {order: self._problems[order] for order in orders if order in self._problems}
         if self._bringing is None or self._bringing.done():
             due = next((order for order in orders if order not in self._done and self._is_time_for(order)), None)
             self._bringing = asyncio.create_task(self._carry_out(due)) if due else None
@@ -135,18 +145,20 @@ class PlanFollower:
         try:
             await self._holder.bring(order.model_id, order.tier)
         except DarkroomError as error:
-            self._put_off(order)
+            self._put_off(order, f"{error.reason()}: {error.message}")
             _log.warning("order_failed", **facts, reason=error.reason(), problem=error.message)
             return
-        except Exception:  # noqa: BLE001 - whatever it is, the replica goes on serving
-            self._put_off(order)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the replica goes on serving
+            self._put_off(order, repr(error))
             _log.exception("order_failed", **facts)
             return
         self._done[order] = order.until_s
+        self._problems.pop(order, None)
         _log.info("order_done", **facts, took_s=round(time.monotonic() - start_s, 3))
 
-    def _put_off(self, order: Order) -> None:
+    def _put_off(self, order: Order, problem: str) -> None:
         """Tries it again later, and beside requests much later."""
+        self._problems[order] = problem[:_PROBLEM_LENGTH]
         self._since_s[order] = time.monotonic()
         self._retry_s[order] = self._since_s[order] + _RETRY_S
 
@@ -161,9 +173,14 @@ class CopyReporter:
         say: Callable[[Mapping[str, Residence]], Awaitable[None]],
         *,
         tells_disk: bool,
+        problems: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        """`model_ids`: those to look for, beside what `holder` ever had; `tells_disk`: whether disk is worth saying."""
+        """`model_ids`: those to look for, beside what `holder` ever had; `tells_disk`: whether disk is worth saying.
+
+        `problems`: by model, why it could not be brought nearer.
+        """
         self._holder, self._model_ids, self._say, self._tells_disk = holder, model_ids, say, tells_disk
+        self._problems = problems
         self._looking = asyncio.Lock()
         self._said: dict[str, Residence] = {}
 
@@ -189,7 +206,10 @@ class CopyReporter:
         return {model_id: self._residence(copy) for model_id, copy in self._holder.copies(model_ids).items()}
 
     async def _tell(self, residences: Mapping[str, Residence]) -> None:
-        said = {model_id: residence for model_id, residence in residences.items() if _is_anywhere(residence)}
+        problems = self._problems()
+        found = {**dict.fromkeys(problems, Residence()), **residences}
+        known = {model_id: replace(each, problem=problems.get(model_id)) for model_id, each in found.items()}
+        said = {model_id: residence for model_id, residence in known.items() if _is_worth_saying(residence)}
         if said != self._said:
             self._said = said
             await self._say(said)
@@ -203,5 +223,5 @@ class CopyReporter:
         )
 
 
-def _is_anywhere(residence: Residence) -> bool:
-    return (residence.device_bytes, residence.host_bytes, residence.disk_bytes) != (None, None, None)
+def _is_worth_saying(residence: Residence) -> bool:
+    return replace(residence, load_s=None) != Residence()

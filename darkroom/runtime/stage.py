@@ -195,6 +195,7 @@ class StageProcess:
             lambda: [entry.model_id for entry in self._view.models()] if is_remote else (),
             self._registration.set_residences,
             tells_disk=is_remote,
+            problems=lambda: self._follower.problems,
         )
 
     def send(self, stage: str, call: OutsideCall) -> "Future[Reply]":

@@ -165,6 +165,15 @@ def test_a_cluster_takes_its_bound_from_the_environment(environment: dict[str, s
     assert "the device has 2048 for models" in done.stderr
 
 
+def until_told(ask: Callable[[], Any]) -> Any:
+    """The first answer that says anything."""
+    for _ in range(30):
+        if said := ask():
+            return said
+        time.sleep(1)
+    raise AssertionError("nothing in half a minute")
+
+
 def test_up_bounds_the_device_by_what_it_is_told(environment: dict[str, str], tmp_path: Path) -> None:
     own = {**environment, "XDG_STATE_HOME": str(tmp_path), "DARKROOM_DEVICE_BUDGET_BYTES": "8GiB"}
     options = ["--device-budget-bytes", "1KiB", "--eviction", "lru", "--host-cache-bytes", "1MB"]
@@ -178,9 +187,17 @@ def test_up_bounds_the_device_by_what_it_is_told(environment: dict[str, str], tm
         assert process.stdout is not None
         assert "Darkroom is up" in process.stdout.readline()
         done = darkroom(own, "run", "a red circle", "-o", str(tmp_path / "c.png"))
+        wished = darkroom(own, "cache", "prefetch", "shapes", "--stage", "denoiser")
+        problems = until_told(lambda: json.loads(darkroom(own, "cache", "describe", "--json").stdout)["problems"])
+        described = darkroom(own, "cache", "describe").stdout
         process.send_signal(signal.SIGINT)
     assert done.returncode == 1
     assert "the device has 1024 for models" in done.stderr
+    assert wished.returncode == 0, wished.stderr
+    (problem,) = problems
+    assert problem["model_id"] == "shapes"
+    assert "UNUSABLE_MODEL" in problem["problem"]
+    assert f"{problem['replica_id']} could not bring shapes: UNUSABLE_MODEL" in described
 
 
 @pytest.mark.parametrize(("option", "value"), [("--device-budget-bytes", "lots"), ("--eviction", "fifo")])

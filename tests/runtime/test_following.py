@@ -162,6 +162,32 @@ async def test_what_failed_is_tried_again_later_and_others_go_first() -> None:
     assert [name for name, _ in shelf.brought] == ["a", "b", "a"]
 
 
+async def test_why_an_order_failed_is_said_until_it_is_done_or_lapses() -> None:
+    shelf, said = Shelf(is_full=True), list[Mapping[str, Residence]]()
+
+    async def say(residences: Mapping[str, Residence]) -> None:
+        said.append(residences)
+
+    following_plan, plan = follower(shelf), CachePlan(orders=(order("a"), order("b")))
+    reporter = CopyReporter(shelf, list, say, tells_disk=True, problems=lambda: following_plan.problems)
+    for _ in range(4):
+        await following_plan.follow(plan)
+        await rest()
+    shelf.held["b"] = Copy(disk_bytes=1)
+    await reporter.report()
+    assert {name: residence.problem for name, residence in said[-1].items()} == {
+        name: f"DEVICE_FULL: {DeviceFull(name, '5').message}" for name in ("a", "b")
+    }
+    assert said[-1]["b"].disk_bytes == 1
+    shelf.is_full = False
+    shelf.gate.set()
+    following_plan._retry_s = {}
+    await following_plan.follow(replace(plan, orders=plan.orders[:1]))
+    await rest()
+    await reporter.report()
+    assert said[-1] == {"a": Residence(device_bytes=1), "b": Residence(disk_bytes=1)}
+
+
 async def test_a_release_waits_for_requests_and_is_done_once() -> None:
     shelf = Shelf(held={"a": Copy(device_bytes=1)}, in_use={"a"})
     plan = CachePlan(releases=(Release(replica_id="r", model_id="a", until_s=time.time() + 60),))
