@@ -9,6 +9,8 @@ PROTO_BASE ?= main
 
 STYLES := outline stripes shadow
 BENCHES := overhead throughput memory stepbatch stepcache
+# Apart: loading wants 8 GiB of disk, cache takes hours of one core, residency half an hour.
+STORE_BENCHES := loading cache residency
 
 BIN := .venv/bin
 PYTHON := $(BIN)/python
@@ -19,7 +21,7 @@ PROTOS := $(wildcard protos/darkroom/v1/*.proto)
 GENERATE := $(PYTHON) -m grpc_tools.protoc -Iprotos
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-long check proto bench gpu compose-test judge clean \
+.PHONY: help setup demo up test test-long check proto bench bench-store calibrate gpu compose-test judge clean \
     train-text train-vae train-shapes train-turbo train-dit train-loras train-controlnet train-judge train-scorer \
     check-format check-lint check-types check-imports check-protos check-generated check-compose
 
@@ -50,6 +52,12 @@ proto: $(VENV)  ## Writes darkroom/v1 anew from protos.
 
 bench: $(VENV)  ## Runs the benchmarks.
 	set -e; for name in $(BENCHES); do echo "== bench.$$name"; $(PYTHON) -m bench.$$name; done
+
+bench-store: $(VENV)  ## Runs the benchmarks of the model store and of what stays where (hours).
+	set -e; for name in $(STORE_BENCHES); do echo "== bench.$$name"; $(PYTHON) -m bench.$$name; done
+
+calibrate: $(VENV)  ## Compares the simulator with a live cluster; fails where they differ by more than 15 %.
+	$(PYTHON) -m bench.calibration
 
 gpu: $(VENV)  ## Runs the GPU tests, then the benchmarks.
 	$(PYTHON) -m pytest -m gpu

@@ -19,7 +19,18 @@ from rich.table import Table
 
 from darkroom import client as darkroom_client
 from darkroom.cli_cache import cache_app
-from darkroom.cli_options import default_store, parse_scaled, parse_size, read_conditions
+from darkroom.cli_options import (
+    DeviceBudget,
+    EvictionOption,
+    HostCache,
+    Pool,
+    StoreCache,
+    StoreCacheSize,
+    default_store,
+    parse_scaled,
+    parse_size,
+    read_conditions,
+)
 from darkroom.cli_running import CachemgrAddress, cachemgr_address, run_command, told
 from darkroom.cli_simulate import simulate
 from darkroom.cli_store import store_app
@@ -61,6 +72,12 @@ def up(  # noqa: PLR0917 - a command's options
     ] = DEFAULT_ROUTER_PORT,
     model_store: StorePath = "",
     default_model: Annotated[str, typer.Option(help="Model of requests that name none.")] = "shapes",
+    device_budget_bytes: DeviceBudget = None,
+    host_cache_bytes: HostCache = None,
+    pool_bytes: Pool = None,
+    store_cache: StoreCache = None,
+    store_cache_bytes: StoreCacheSize = None,
+    eviction: EvictionOption = None,
     logs: Annotated[
         Path | None, typer.Option(help="Folder for the processes' logs. Default: one that goes with the cluster.")
     ] = None,
@@ -79,6 +96,12 @@ def up(  # noqa: PLR0917 - a command's options
         reflection=reflection,
         model_store=model_store or default_store(),
         default_model=default_model,
+        device_budget_bytes=device_budget_bytes,
+        host_cache_bytes=host_cache_bytes,
+        pool_bytes=pool_bytes,
+        store_cache=store_cache,
+        store_cache_bytes=store_cache_bytes,
+        eviction=eviction,
         log_folder=logs,
     )
     run_command(_up(config))

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from darkroom.cli_running import CachemgrAddress, cachemgr_address, run_command
@@ -45,7 +46,7 @@ def prefetch(  # noqa: PLR0917 - a command's options
     copies: Copies = 1,
     cachemgr: CachemgrAddress = "",
 ) -> None:
-    """Bring a model near before it is asked for. Replicas do so when they are idle."""
+    """Bring a model near before it is asked for. Replicas do so when they are idle, or after 30 s."""
 
     async def ask() -> None:
         async with _client(cachemgr) as client:
@@ -102,9 +103,15 @@ def _facts(described: cachemgr_pb2.DescribeCacheResponse) -> dict[str, Any]:
         "term": described.plan.term,
         "version": described.plan.version,
         "replicas": {
-            replica.replica_id: {residence.model_id: _tiers(residence) for residence in replica.residences}
+            replica.replica_id: {
+                residence.model_id: tiers for residence in replica.residences if (tiers := _tiers(residence))
+            }
             for replica in described.replicas
         },
+        "problems": [
+            {"replica_id": replica_id, "model_id": residence.model_id, "problem": residence.problem}
+            for replica_id, residence in _problems(described)
+        ],
         "models": [
             {
                 "model_id": asked.model_id,
@@ -164,6 +171,13 @@ def _show(described: cachemgr_pb2.DescribeCacheResponse) -> None:
         state = "has brought" if order.done else "is to bring"
         line = f"{order.replica_id} {state} {order.model_id} to {_tier(order.tier)}: {order.reason}"
         _out.print(line, highlight=False, soft_wrap=True)
+    for replica_id, residence in _problems(described):
+        line = f"[yellow]{replica_id} could not bring {residence.model_id}: {escape(residence.problem)}[/]"
+        _out.print(line, highlight=False, soft_wrap=True)
+
+
+def _problems(described: cachemgr_pb2.DescribeCacheResponse) -> list[tuple[str, cachemgr_pb2.Residence]]:
+    return [(each.replica_id, found) for each in described.replicas for found in each.residences if found.problem]
 
 
 def _tiers(residence: cachemgr_pb2.Residence) -> dict[str, int]:

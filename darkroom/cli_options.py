@@ -2,10 +2,38 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
+
+from darkroom.runtime.sizes import parse_bytes
+from darkroom.store.evicting import EvictionKind
 from darkroom.wire.conditions import ConditionFiles, ControlUse, IpAdapterUse
 
 _MAX_SIZE_PX = 1 << 30  # the router knows the limit; a message holds no more
+
+
+def _size(text: str) -> int:
+    try:
+        size_bytes = parse_bytes(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return size_bytes
+
+
+def _bound(help_text: str) -> Any:
+    return typer.Option(parser=_size, metavar="SIZE", help=help_text, rich_help_panel=_TIERS)
+
+
+_TIERS = "What each stage keeps; docs/model-store.md has the defaults"
+DeviceBudget = Annotated[int | None, _bound("Weights on its device at once; 0 for no bound.")]
+HostCache = Annotated[int | None, _bound("Weights kept in memory after their models left the device.")]
+Pool = Annotated[int | None, _bound("Memory made ready at the start to read weights into.")]
+StoreCacheSize = Annotated[int | None, _bound("Bound of --store-cache.")]
+StoreCache = Annotated[
+    Path | None, typer.Option(help="Folder for what comes from a store's URL.", rich_help_panel=_TIERS)
+]
+EvictionOption = Annotated[EvictionKind | None, typer.Option(help="What leaves first.", rich_help_panel=_TIERS)]
 
 
 class UsageError(Exception):

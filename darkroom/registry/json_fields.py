@@ -18,6 +18,11 @@ def text(value: object) -> str:
     return value
 
 
+def text_or_none(value: object) -> str | None:
+    """Text, or nothing."""
+    return None if value is None else text(value)
+
+
 def whole(value: object) -> int:
     """A whole number from 0 on."""
     if type(value) is not int or value < 0:

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Self
 
-from darkroom.registry.json_fields import finite_or_none, whole_or_none
+from darkroom.registry.json_fields import finite_or_none, text_or_none, whole_or_none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +16,8 @@ class Residence:
     disk_bytes: int | None = None
     load_s: float | None = None
     """What bringing it to the device took."""
+    problem: str | None = None
+    """Why bringing it nearer, as the plan wants, failed."""
 
     def to_json(self) -> bytes:
         """Equal residences give equal bytes."""
@@ -34,6 +36,7 @@ class Residence:
                 host_bytes=whole_or_none(fields.get("host_bytes")),
                 disk_bytes=whole_or_none(fields.get("disk_bytes")),
                 load_s=finite_or_none(fields.get("load_s")),
+                problem=text_or_none(fields.get("problem")),
             )
         except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ValueError(f"not a residency: {error!r}") from error

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ import grpc
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.processes import Child, Supervisor, etcd_program, free_port
 from darkroom.store.evicting import EvictionKind
-from darkroom.store.opening import DEFAULT_CACHE, absolute, check_store
+from darkroom.store.opening import absolute, check_store
 from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, stage_pb2
 
 _POLL_S = 0.1
@@ -41,11 +41,17 @@ class ClusterConfig:
     """torch threads of every stage process."""
     model_store: str | Path = "models"
     """Folder of models in diffusers' directory format; or the URL of one with an index."""
-    store_cache: Path = DEFAULT_CACHE
-    """Folder for what comes from a store's URL."""
-    device_budget_bytes: int = 0
+    store_cache: Path | None = None
+    """Folder for what comes from a store's URL. None leaves this, as the next five, to the services' own settings."""
+    store_cache_bytes: int | None = None
+    """Bound of that folder."""
+    host_cache_bytes: int | None = None
+    """Weights files kept in each stage's memory after their models left the device."""
+    pool_bytes: int | None = None
+    """Memory that each stage makes ready at its start to read into."""
+    device_budget_bytes: int | None = None
     """Weights on each stage's device at once; 0 for no bound."""
-    eviction: EvictionKind = "worth"
+    eviction: EvictionKind | None = None
     """What leaves a stage's tiers first: what costs requests least, or what was used longest ago."""
     preload: tuple[str, ...] = ()
     """Models that every stage loads before it takes requests."""
@@ -67,7 +73,40 @@ class ClusterConfig:
         for name in ("encoders", "denoisers", "vaes", "cachemgrs", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("store_cache_bytes", "host_cache_bytes", "pool_bytes", "device_budget_bytes"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         check_store(self.model_store)
+
+
+def store_flags(config: ClusterConfig) -> list[str]:
+    """What every process is told that reads the model store: what was asked for. Their environment says the rest."""
+    return _flags(
+        {
+            "--model-store": absolute(config.model_store),
+            "--store-cache": config.store_cache and config.store_cache.expanduser(),
+            "--store-cache-bytes": config.store_cache_bytes,
+        }
+    )
+
+
+def stage_flags(config: ClusterConfig) -> list[str]:
+    """What every stage is told, in the same way."""
+    asked = {
+        "--device": config.device,
+        "--threads": config.threads,
+        "--inline-limit-bytes": config.inline_limit_bytes,
+        "--host-cache-bytes": config.host_cache_bytes,
+        "--pool-bytes": config.pool_bytes,
+        "--device-budget-bytes": config.device_budget_bytes,
+        "--eviction": config.eviction,
+        "--preload": ",".join(config.preload) or None,
+    }
+    return [*store_flags(config), *_flags(asked)]
+
+
+def _flags(asked: Mapping[str, object]) -> list[str]:
+    return [word for flag, value in asked.items() if value is not None for word in (flag, str(value))]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,28 +171,13 @@ class LocalCluster:
     async def _start(self) -> None:
         await self._supervisor.add(self._etcd())
         config = self._config
-        store = ["--model-store", absolute(config.model_store), "--store-cache", str(config.store_cache.expanduser())]
+        store, stage = store_flags(config), stage_flags(config)
         await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *store])
         for number in range(2, config.cachemgrs + 1):
             await self._add_service(f"cachemgr-{number}", "cachemgr", ["--address", "127.0.0.1:0", *store])
         await self._add_service(
             "router", "router", ["--address", self.addresses.router, "--default-model", config.default_model]
         )
-        stage = [
-            *store,
-            "--device",
-            config.device,
-            "--threads",
-            str(config.threads),
-            "--inline-limit-bytes",
-            str(config.inline_limit_bytes),
-            "--device-budget-bytes",
-            str(config.device_budget_bytes),
-            "--eviction",
-            config.eviction,
-            "--preload",
-            ",".join(config.preload),
-        ]
         for service, count in self._counts().items():
             for number in range(1, count + 1):
                 await self._add_service(f"{service}-{number}", service, stage)

@@ -1,6 +1,7 @@
 """Reads a service's configuration once: flags, then `DARKROOM_*` environment, then the dataclass's default.
 
 A config is a frozen dataclass of flat fields. An unknown flag or a malformed value stops the process with a message.
+A field whose name ends in `_bytes` takes a size with a unit, too: `8GiB`.
 """
 
 import argparse
@@ -13,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
+
+from darkroom.runtime.sizes import parse_bytes
 
 C = TypeVar("C")
 _PREFIX = "DARKROOM_"
@@ -28,7 +31,7 @@ def read_config(
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             default=None,
-            metavar=_metavar(hints[field.name]),
+            metavar=_metavar(field.name, hints[field.name]),
             required=_is_required(field, environment),
         )
     given = parser.parse_args(arguments)
@@ -41,9 +44,9 @@ def read_config(
             text = environment.get(source)
         if text is not None:
             try:
-                values[field.name] = _parse(text, hints[field.name])
+                values[field.name] = parse_bytes(text) if _is_size(field.name) else _parse(text, hints[field.name])
             except ValueError:
-                parser.error(f"{source} must be {_metavar(hints[field.name])}, not {text!r}")
+                parser.error(f"{source} must be {_metavar(field.name, hints[field.name])}, not {text!r}")
     try:
         return kind(**values)
     except ValueError as error:
@@ -56,13 +59,19 @@ def _is_required(field: "Field[Any]", environment: Mapping[str, str]) -> bool:
     return not has_default and _PREFIX + field.name.upper() not in environment
 
 
-def _metavar(hint: Any) -> str:
+def _is_size(name: str) -> bool:
+    return name.endswith("_bytes")
+
+
+def _metavar(name: str, hint: Any) -> str:
+    if _is_size(name):
+        return "SIZE"
     if typing.get_origin(hint) is tuple:
         return "LIST"
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(typing.get_args(hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return _metavar(typing.get_args(hint)[0])
+        return _metavar(name, typing.get_args(hint)[0])
     return {int: "INTEGER", float: "NUMBER", bool: "true|false", Path: "PATH"}.get(hint, "TEXT")
 
 

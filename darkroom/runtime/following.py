@@ -1,7 +1,8 @@
 """A stage replica follows the cache manager's plan, and says what it has.
 
-The rule: the plan is advice. What it asks is done one thing at a time while no request runs; what goes wrong is logged
-and tried again later; without a plan everything goes on as it would.
+The rule: the plan is advice. What it asks is done one thing at a time, while no request runs or beside those that it
+does not disturb, and under steady load after half a minute; what goes wrong is logged and tried again later; without a
+plan everything goes on as it would.
 """
 
 import asyncio
@@ -30,7 +31,10 @@ _TELL_INTERVAL_S = 5.0
 _FRESH_S = 60.0
 """How long a plan's rates count: three times as long as a leader lets pass before it publishes the plan again."""
 _PATIENCE_S = 30.0
-"""How long what an operator wants waits for a replica to be idle. Nothing else is done beside requests."""
+"""How long an order waits for the replica to be idle: under steady load it never is."""
+
+_PROBLEM_LENGTH = 200
+"""Of what goes to the registry."""
 
 
 class Holder(Protocol):
@@ -66,10 +70,16 @@ class PlanFollower:
         holder: Holder,
         plans: PlanView,
         elsewhere: Callable[[], Mapping[str, tuple[int, int, int]]] = dict,
+        *,
+        is_apart: bool = False,
     ) -> None:
-        """`elsewhere`: copies of models that other replicas have, by tier."""
+        """`elsewhere`: copies of models that other replicas have, by tier.
+
+        `is_apart`: whether the device has a memory of its own. Then requests do not notice what comes to the host's or
+        to disk.
+        """
         self._replica_id, self._stage, self._holder, self._plans = replica_id, stage, holder, plans
-        self._elsewhere = elsewhere
+        self._elsewhere, self._is_apart = elsewhere, is_apart
         self._told: tuple[int, int] | None = None
         """Term and version of the plan that was passed on last."""
         self._told_s = self._seen_s = -math.inf
@@ -77,8 +87,14 @@ class PlanFollower:
         """What was carried out, and when it lapses."""
         self._retry_s: dict[Order, float] = {}
         self._since_s: dict[Order, float] = {}
-        """When each was first seen."""
+        """Since when each waits for the replica to be idle."""
+        self._problems: dict[Order, str] = {}
         self._bringing: asyncio.Task[None] | None = None
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """By model, why what was ordered and stands could not be done."""
+        return {order.model_id: problem for order, problem in self._problems.items()}
 
     async def run(self) -> None:
         """Follows until cancelled."""
@@ -102,6 +118,7 @@ class PlanFollower:
         orders = [order for order in plan.orders_of(self._replica_id) if not order.is_done and order.until_s > now_s]
         self._since_s = {order: self._since_s.get(order, time.monotonic()) for order in orders}
         self._retry_s = {order: self._retry_s[order] for order in orders if order in self._retry_s}
+        self._problems = {order: self._problems[order] for order in orders if order in self._problems}
         if self._bringing is None or self._bringing.done():
             due = next((order for order in orders if order not in self._done and self._is_time_for(order)), None)
             self._bringing = asyncio.create_task(self._carry_out(due)) if due else None
@@ -119,7 +136,8 @@ class PlanFollower:
         now_s = time.monotonic()
         if self._retry_s.get(order, 0.0) > now_s:
             return False
-        return self._holder.is_idle or (order.is_wished and now_s - self._since_s[order] > _PATIENCE_S)
+        is_beside = self._is_apart and order.tier is not Tier.DEVICE
+        return is_beside or self._holder.is_idle or now_s - self._since_s[order] > _PATIENCE_S
 
     async def _carry_out(self, order: Order) -> None:
         start_s = time.monotonic()
@@ -127,15 +145,22 @@ class PlanFollower:
         try:
             await self._holder.bring(order.model_id, order.tier)
         except DarkroomError as error:
-            self._retry_s[order] = time.monotonic() + _RETRY_S
+            self._put_off(order, f"{error.reason()}: {error.message}")
             _log.warning("order_failed", **facts, reason=error.reason(), problem=error.message)
             return
-        except Exception:  # noqa: BLE001 - whatever it is, the replica goes on serving
-            self._retry_s[order] = time.monotonic() + _RETRY_S
+        except Exception as error:  # noqa: BLE001 - whatever it is, the replica goes on serving
+            self._put_off(order, repr(error))
             _log.exception("order_failed", **facts)
             return
         self._done[order] = order.until_s
+        self._problems.pop(order, None)
         _log.info("order_done", **facts, took_s=round(time.monotonic() - start_s, 3))
+
+    def _put_off(self, order: Order, problem: str) -> None:
+        """Tries it again later, and beside requests much later."""
+        self._problems[order] = problem[:_PROBLEM_LENGTH]
+        self._since_s[order] = time.monotonic()
+        self._retry_s[order] = self._since_s[order] + _RETRY_S
 
 
 class CopyReporter:
@@ -148,9 +173,14 @@ class CopyReporter:
         say: Callable[[Mapping[str, Residence]], Awaitable[None]],
         *,
         tells_disk: bool,
+        problems: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
-        """`model_ids`: those to look for, beside what `holder` ever had; `tells_disk`: whether disk is worth saying."""
+        """`model_ids`: those to look for, beside what `holder` ever had; `tells_disk`: whether disk is worth saying.
+
+        `problems`: by model, why it could not be brought nearer.
+        """
         self._holder, self._model_ids, self._say, self._tells_disk = holder, model_ids, say, tells_disk
+        self._problems = problems
         self._looking = asyncio.Lock()
         self._said: dict[str, Residence] = {}
 
@@ -176,7 +206,10 @@ class CopyReporter:
         return {model_id: self._residence(copy) for model_id, copy in self._holder.copies(model_ids).items()}
 
     async def _tell(self, residences: Mapping[str, Residence]) -> None:
-        said = {model_id: residence for model_id, residence in residences.items() if _is_anywhere(residence)}
+        problems = self._problems()
+        found = {**dict.fromkeys(problems, Residence()), **residences}
+        known = {model_id: replace(each, problem=problems.get(model_id)) for model_id, each in found.items()}
+        said = {model_id: residence for model_id, residence in known.items() if _is_worth_saying(residence)}
         if said != self._said:
             self._said = said
             await self._say(said)
@@ -190,5 +223,5 @@ class CopyReporter:
         )
 
 
-def _is_anywhere(residence: Residence) -> bool:
-    return (residence.device_bytes, residence.host_bytes, residence.disk_bytes) != (None, None, None)
+def _is_worth_saying(residence: Residence) -> bool:
+    return replace(residence, load_s=None) != Residence()

@@ -38,6 +38,8 @@ from darkroom.wire.times import duration
 _log = structlog.get_logger()
 _UNASKED_SHARE = 16
 """Of memory without a bound: several stage processes may share it."""
+_BOUNDED_SHARE = 0.8
+"""Of a GPU's memory, where no bound is set: batches and what torch keeps for them need the rest."""
 _SWITCH_INTERVAL_S = 1e-4
 """How long one thread may keep others from Python: a LoRA or model being read beside them costs steps least so."""
 
@@ -62,9 +64,10 @@ class StageConfig:
     """Memory made ready at the start to read weights into, in blocks of five sizes. 0 makes it as it is needed."""
     host_cache_bytes: int = 4 << 30
     """Weights files kept in memory after their models left the device. On a CPU, loaded models use the same bytes."""
-    device_budget_bytes: int = 0
+    device_budget_bytes: int | None = None
     """Weights on the device at once: idle models leave it for others. 0 keeps all that was ever loaded, and then only
-    a sixteenth of the memory is filled with what no request has asked for."""
+    a sixteenth of the memory is filled with what no request has asked for. Not set: 80 % of a GPU's memory; 0 on a CPU.
+    Processes that share a GPU know nothing of each other: tell each its part."""
     eviction: EvictionKind = "worth"
     """What leaves the disk, host memory and device first: what costs requests least, or what was used longest ago."""
     preload: tuple[str, ...] = ()
@@ -98,7 +101,7 @@ class StageConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("store_cache_bytes", "pool_bytes", "host_cache_bytes", "device_budget_bytes"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.inline_limit_bytes <= 1 << 20:
             raise ValueError(f"inline_limit_bytes must be 0 to {1 << 20}, not {self.inline_limit_bytes}")
@@ -107,19 +110,27 @@ class StageConfig:
         check_store(self.model_store)
 
 
-def rooms_of(config: StageConfig) -> Rooms:
+def memory_of(device: str) -> int:
+    """Bytes of a torch device's memory."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def budget_of(config: StageConfig, memory_bytes: int) -> int:
+    """Bound of the weights on a device with so much memory; 0 for none."""
+    if config.device_budget_bytes is not None:
+        return config.device_budget_bytes
+    return int(_BOUNDED_SHARE * memory_bytes) if config.device.startswith("cuda") else 0
+
+
+def rooms_of(config: StageConfig, budget_bytes: int) -> Rooms:
     """How much a replica can hold of what requests have not asked it for."""
-    if config.device_budget_bytes:
-        device_bytes = config.device_budget_bytes
-    elif config.device.startswith("cuda"):
-        device_bytes = torch.cuda.get_device_properties(config.device).total_memory // _UNASKED_SHARE
-    else:
-        device_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _UNASKED_SHARE
     return Rooms(
-        device_bytes=device_bytes,
+        device_bytes=budget_bytes or memory_of(config.device) // _UNASKED_SHARE,
         host_bytes=config.host_cache_bytes,
         disk_bytes=config.store_cache_bytes if is_url(config.model_store) else None,
-        evicts=config.device_budget_bytes > 0,
+        evicts=budget_bytes > 0,
     )
 
 
@@ -146,6 +157,7 @@ class StageProcess:
         self.shelf.address = f"{config.advertise_host}:{self._server.port}"
         self.source = TensorSource(self._channels, self.shelf, lambda: {m.address for m in self._view.members()})
         eviction = Eviction(config.eviction)
+        budget_bytes = budget_of(config, memory_of(config.device))
         self.store = model_store(
             open_source(config.model_store, config.store_cache, config.store_cache_bytes, eviction=eviction),
             device=config.device,
@@ -163,25 +175,27 @@ class StageProcess:
             thread_count=config.threads,
             slot_count=config.slots,
             max_lora_bytes=config.lora_bytes,
-            device_budget_bytes=config.device_budget_bytes,
+            device_budget_bytes=budget_bytes,
         )
         member = Member(
             replica_id=replica_id,
             stage=stage,
             address=self.shelf.address,
             device=config.device,
-            rooms=rooms_of(config),
+            rooms=rooms_of(config, budget_bytes),
         )
         self._registration = Registration(self._registry, member)
         self._plans = PlanView(self._registry)
         elsewhere = functools.partial(copies_elsewhere, self._view, member)
-        self._follower = PlanFollower(replica_id, stage, self.replica, self._plans, elsewhere)
+        is_apart = config.device.startswith("cuda")
+        self._follower = PlanFollower(replica_id, stage, self.replica, self._plans, elsewhere, is_apart=is_apart)
         is_remote = is_url(config.model_store)  # else all of the store lies on this machine's disk
         self._reporter = CopyReporter(
             self.replica,
             lambda: [entry.model_id for entry in self._view.models()] if is_remote else (),
             self._registration.set_residences,
             tells_disk=is_remote,
+            problems=lambda: self._follower.problems,
         )
 
     def send(self, stage: str, call: OutsideCall) -> "Future[Reply]":

@@ -141,16 +141,18 @@ class Replica(_message.Message):
     def __init__(self, replica_id: _Optional[str] = ..., stage: _Optional[_Union[_stage_pb2.Stage, str]] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., model_ids: _Optional[_Iterable[str]] = ..., residences: _Optional[_Iterable[_Union[Residence, _Mapping]]] = ...) -> None: ...
 
 class Residence(_message.Message):
-    __slots__ = ("model_id", "device_bytes", "host_bytes", "disk_bytes")
+    __slots__ = ("model_id", "device_bytes", "host_bytes", "disk_bytes", "problem")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     device_bytes: int
     host_bytes: int
     disk_bytes: int
-    def __init__(self, model_id: _Optional[str] = ..., device_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ...) -> None: ...
+    problem: str
+    def __init__(self, model_id: _Optional[str] = ..., device_bytes: _Optional[int] = ..., host_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class LocateResponse(_message.Message):
     __slots__ = ("replicas", "holder_count")

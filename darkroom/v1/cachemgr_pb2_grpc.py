@@ -145,7 +145,7 @@ class CacheManagerServiceServicer:
 
     def Prefetch(self, request, context):
         """Asks for a model to be brought near. The answer means that the wish is
-        kept; replicas carry it out when they are idle.
+        kept; replicas carry it out when they are idle, or after half a minute.
 
         May be repeated. Errors: INVALID_ARGUMENT (reason INVALID_FIELD), NOT_FOUND
         (reason MODEL_NOT_FOUND), RESOURCE_EXHAUSTED (reason QUEUE_FULL, with

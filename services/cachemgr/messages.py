@@ -75,6 +75,7 @@ def replica_message(holding: Holding) -> cachemgr_pb2.Replica:
                 device_bytes=residence.device_bytes,
                 host_bytes=residence.host_bytes,
                 disk_bytes=residence.disk_bytes,
+                problem=residence.problem,
             )
             for model_id, residence in holding.residences.items()
         ],

@@ -1,16 +1,33 @@
 """docker-compose.yml and the Dockerfiles it names agree with each other and with the tree. Needs no Docker."""
 
+import os
 import re
 import shutil
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from darkroom.runtime.config import read_config
+from services.cachemgr.config import CacheManagerConfig
+from services.denoiser.config import DenoiserConfig
+from services.encoder.config import EncoderConfig
+from services.router.config import RouterConfig
+from services.vae.config import VaeConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_FILE = ROOT / "docker-compose.yml"
+CONFIGS = {
+    "cachemgr": CacheManagerConfig,
+    "denoiser": DenoiserConfig,
+    "encoder": EncoderConfig,
+    "router": RouterConfig,
+    "vae": VaeConfig,
+}
+STAGES = ("denoiser", "encoder", "vae")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +89,80 @@ def test_no_two_services_publish_the_same_port(compose: dict[str, Any]) -> None:
         if ":" in str(port)
     ]
     assert len(published) == len(set(published))
+
+
+def test_who_reads_a_store_keeps_its_files_where_it_can_write(compose: dict[str, Any]) -> None:
+    for name in (*STAGES, "cachemgr"):
+        service = compose["services"][name]
+        folder = service["environment"]["DARKROOM_STORE_CACHE"]
+        (volume,) = [v.split(":") for v in service["volumes"] if v.split(":")[1] == folder]
+        assert volume[0] in compose["volumes"], f"{name}: a volume of its own name outlives the container"
+        assert len(volume) == 2, f"{name}: it is writable"
+        dockerfile = _dockerfile(service)
+        assert dockerfile is not None
+        assert f"-m 1777 {folder}" in dockerfile.read_text(), f"{name}: else the volume is root's"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_services_are_told_only_what_they_know(compose: dict[str, Any], name: str) -> None:
+    known = {field.name for field in fields(CONFIGS[name])}
+    told = {key.removeprefix("DARKROOM_").lower() for key in compose["services"][name]["environment"] if "DARK" in key}
+    assert told <= known
+
+
+def _composed(**variables: str) -> dict[str, Any]:
+    """The services as Compose itself reads them."""
+    command = shutil.which("docker-compose")
+    if command is None:
+        pytest.skip("docker-compose is not installed")
+    run = subprocess.run(
+        [command, "-f", COMPOSE_FILE, "config"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": os.environ["PATH"], **variables},
+    )
+    return dict(yaml.safe_load(run.stdout)["services"])
+
+
+def _told(service: dict[str, Any], kind: type) -> Any:
+    """The configuration that a service in its container reads."""
+    environment = {key: str(value) for key, value in service["environment"].items() if value is not None}
+    environment.setdefault("DARKROOM_MODEL_STORE", str(ROOT / "models"))
+    return read_config(kind, program="service", arguments=[], environment=environment)
+
+
+def test_bounds_and_a_stores_url_reach_the_services() -> None:
+    services = _composed(
+        DARKROOM_STORE="s3://weights/models",
+        DARKROOM_DEVICE_BUDGET_BYTES="8GiB",
+        DARKROOM_HOST_CACHE_BYTES="1GiB",
+        DARKROOM_STORE_CACHE_BYTES="2GiB",
+        DARKROOM_EVICTION="lru",
+        AWS_ACCESS_KEY_ID="key",
+    )
+    for name in STAGES:
+        said = _told(services[name], CONFIGS[name])
+        assert (said.device_budget_bytes, said.host_cache_bytes, said.eviction) == (8 << 30, 1 << 30, "lru")
+    for name in (*STAGES, "cachemgr"):
+        said = _told(services[name], CONFIGS[name])
+        assert (said.model_store, said.store_cache_bytes) == ("s3://weights/models", 2 << 30)
+        assert services[name]["environment"]["AWS_ACCESS_KEY_ID"] == "key"
+
+
+def test_what_is_not_said_is_each_services_own_default() -> None:
+    services = _composed()
+    for name in STAGES:
+        environment = services[name]["environment"]
+        assert environment.pop("DARKROOM_MODEL_STORE") == "/models"
+        said, own = _told(services[name], CONFIGS[name]), CONFIGS[name](model_store=ROOT / "models")
+        for field in ("device_budget_bytes", "host_cache_bytes", "pool_bytes", "store_cache_bytes", "eviction"):
+            assert getattr(said, field) == getattr(own, field)
+
+
+def test_several_cache_managers_take_a_range_of_ports() -> None:
+    ports = _composed(DARKROOM_CACHEMGR_PORT="7601-7603")["cachemgr"]["ports"]
+    assert [str(port) for port in ports] == ["127.0.0.1:7601-7603:7600/tcp"]
 
 
 def test_what_dockerfiles_copy_exists(compose: dict[str, Any]) -> None:

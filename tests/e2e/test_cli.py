@@ -158,6 +158,56 @@ def test_run_without_a_cluster_starts_one_and_stops_it(environment: dict[str, st
     assert picture(tmp_path / "c.png").size == (128, 128)
 
 
+def test_a_cluster_takes_its_bound_from_the_environment(environment: dict[str, str], tmp_path: Path) -> None:
+    own = {**environment, "XDG_STATE_HOME": str(tmp_path), "DARKROOM_DEVICE_BUDGET_BYTES": "2KiB"}
+    done = darkroom(own, "run", "a red circle", "-o", str(tmp_path / "c.png"))
+    assert done.returncode == 1
+    assert "the device has 2048 for models" in done.stderr
+
+
+def until_told(ask: Callable[[], Any]) -> Any:
+    """The first answer that says anything."""
+    for _ in range(30):
+        if said := ask():
+            return said
+        time.sleep(1)
+    raise AssertionError("nothing in half a minute")
+
+
+def test_up_bounds_the_device_by_what_it_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+    own = {**environment, "XDG_STATE_HOME": str(tmp_path), "DARKROOM_DEVICE_BUDGET_BYTES": "8GiB"}
+    options = ["--device-budget-bytes", "1KiB", "--eviction", "lru", "--host-cache-bytes", "1MB"]
+    with subprocess.Popen(
+        [DARKROOM, "up", "--denoisers", "1", "--port", "0", *options],
+        env=own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert "Darkroom is up" in process.stdout.readline()
+        done = darkroom(own, "run", "a red circle", "-o", str(tmp_path / "c.png"))
+        wished = darkroom(own, "cache", "prefetch", "shapes", "--stage", "denoiser")
+        problems = until_told(lambda: json.loads(darkroom(own, "cache", "describe", "--json").stdout)["problems"])
+        described = darkroom(own, "cache", "describe").stdout
+        process.send_signal(signal.SIGINT)
+    assert done.returncode == 1
+    assert "the device has 1024 for models" in done.stderr
+    assert wished.returncode == 0, wished.stderr
+    (problem,) = problems
+    assert problem["model_id"] == "shapes"
+    assert "UNUSABLE_MODEL" in problem["problem"]
+    assert f"{problem['replica_id']} could not bring shapes: UNUSABLE_MODEL" in described
+
+
+@pytest.mark.parametrize(("option", "value"), [("--device-budget-bytes", "lots"), ("--eviction", "fifo")])
+def test_up_refuses_what_is_no_bound(environment: dict[str, str], option: str, value: str) -> None:
+    done = darkroom(environment, "up", option, value)
+    assert done.returncode == 2
+    assert option in done.stderr
+    assert value in done.stderr
+
+
 def test_ctrl_c_stops_everything_that_up_started(environment: dict[str, str], tmp_path: Path) -> None:
     own = {**environment, "XDG_STATE_HOME": str(tmp_path)}
     with subprocess.Popen(

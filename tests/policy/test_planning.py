@@ -2,16 +2,17 @@
 
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from darkroom.policy.cacheplan import CachePlan, Order, Pinned
 from darkroom.policy.eviction import Resident, least_recent
 from darkroom.policy.planning import CacheReplica, Pin, Planned, Situation, Wish, make_plan
-from darkroom.policy.popularity import Band, Popularity
+from darkroom.policy.popularity import WINDOWS_S, Band, Popularity
 from darkroom.policy.worth import LoadTimes, Tier, Worth, WorthConfig
 
 TIMES = LoadTimes(network_s=10e-9, disk_s=2e-9, bus_s=1e-9)
@@ -201,11 +202,14 @@ def test_a_plan_orders_nothing_that_is_there_and_one_thing_a_replica(
 
 
 class Pool:
-    """Three denoisers with room for two of six models, least recently used out, under a steady skewed stream."""
+    """Three denoisers with room for two models each, least recently used out, under a skewed stream."""
 
-    def __init__(self, config: Planned) -> None:
-        self.config, self.random = config, random.Random(1)
-        self.worth = Worth(Popularity((60.0, 600.0)), TIMES, WorthConfig())
+    def __init__(
+        self, config: Planned, weights: Sequence[int], *, windows_s: Sequence[float] = (60.0, 600.0), seed: int = 1
+    ) -> None:
+        self.config, self.random = config, random.Random(seed)
+        self.weights = {f"m{n}": weight for n, weight in enumerate(weights)}
+        self.worth = Worth(Popularity(windows_s), TIMES, WorthConfig())
         self.used_s = [{f"m{n}": 0.0} for n in range(3)]
         self.plan = CachePlan()
         self.carried_out: set[Order] = set()
@@ -219,17 +223,17 @@ class Pool:
         held[name] = now_s
 
     def request(self, now_s: float) -> None:
-        (name,) = self.random.choices([f"m{n}" for n in range(6)], [32, 16, 8, 4, 2, 1])
+        (name,) = self.random.choices([*self.weights], [*self.weights.values()])
         holders = [n for n in range(3) if name in self.used_s[n]] or [self.random.randrange(3)]
         self.bring(self.random.choice(holders), name, now_s)
         self.worth.add(name, now_s, 0.8)
 
     def make_plan(self, now_s: float) -> None:
         replicas = [
-            replica(f"denoiser-{n}", *sorted(held), host=tuple(f"m{n}" for n in range(6)), room=2 * GIB)
+            replica(f"denoiser-{n}", *sorted(held), host=tuple(self.weights), room=2 * GIB)
             for n, held in enumerate(self.used_s)
         ]
-        sizes = {"denoiser": {f"m{n}": GIB for n in range(6)}}
+        sizes = {"denoiser": dict.fromkeys(self.weights, GIB)}
         world = Situation(replicas=replicas, sizes=sizes, worths={"denoiser": self.worth}, before=self.plan)
         self.plan = make_plan(world, now_s, self.config)
         for order in self.plan.orders:
@@ -239,16 +243,46 @@ class Pool:
                 self.bring(int(order.replica_id[-1]), order.model_id, now_s)
                 self.brought.append((now_s, order.replica_id, order.model_id))
 
-    def run(self, until_s: int) -> None:
-        for now_s in range(until_s):
+    def copies(self, name: str) -> int:
+        return sum(name in held for held in self.used_s)
+
+    def run(self, from_s: int, until_s: int) -> None:
+        for now_s in range(from_s, until_s):
             self.request(float(now_s))
             if now_s % 5 == 0:
                 self.make_plan(float(now_s))
 
 
 def test_under_a_steady_skewed_stream_no_model_is_moved_to_and_fro() -> None:
-    pool = Pool(CONFIG)
-    pool.run(3600)
+    pool = Pool(CONFIG, [32, 16, 8, 4, 2, 1])
+    pool.run(0, 3600)
     assert pool.brought, "the plan does something at all"
     settled = Counter((replica_id, name) for when_s, replica_id, name in pool.brought if when_s > 600)
     assert sum(settled.values()) <= 3000 / CONFIG.order_s / 2, settled
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_when_popularity_flips_what_is_hot_now_gets_its_copies_and_nothing_goes_to_and_fro(seed: int) -> None:
+    pool = Pool(CONFIG, [40, 4, 2, 1], windows_s=WINDOWS_S, seed=seed)
+    pool.run(0, 1800)
+    assert pool.copies("m0") >= 2
+    pool.weights = dict(zip(pool.weights, [1, 2, 4, 40], strict=True))
+    pool.run(1800, 2400)
+    assert pool.copies("m3") >= 2, "within ten minutes"
+    pool.run(2400, 3600)
+    assert pool.copies("m3") >= 2
+    moves = Counter((replica_id, name) for when_s, replica_id, name in pool.brought if when_s >= 1800)
+    assert set(moves.values()) == {1}, moves
+    assert {name for _, name in moves} == {"m3"}
+    assert sum(moves.values()) <= len(pool.used_s)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_where_models_have_to_share_a_flip_moves_few_of_them(seed: int) -> None:
+    pool = Pool(CONFIG, [32, 16, 8, 4, 2, 1], windows_s=WINDOWS_S, seed=seed)
+    pool.run(0, 1800)
+    pool.weights = dict(zip(pool.weights, [1, 2, 4, 8, 16, 32], strict=True))
+    pool.run(1800, 3600)
+    moves = Counter((replica_id, name) for when_s, replica_id, name in pool.brought if when_s >= 1800)
+    assert sum(moves.values()) <= 6, moves
+    assert pool.copies("m5") >= 1

@@ -42,14 +42,26 @@ def test_what_is_written_is_read() -> None:
         assert parse_wish(wish_json(each)) == each
     for pin in (Pin(model_id="sd"), Pin(model_id="sd", copies=None)):
         assert parse_pin(keys.pin("sd"), pin_json(pin)) == pin
-    for residence in (Residence(), Residence(device_bytes=1, host_bytes=2, disk_bytes=3, load_s=0.5)):
+    full = Residence(device_bytes=1, host_bytes=2, disk_bytes=3, load_s=0.5, problem="DEVICE_FULL")
+    for residence in (Residence(), full):
         assert Residence.from_json(residence.to_json()) == residence
     assert Residence.from_json(b"") == LOADED
 
 
 @pytest.mark.parametrize(
     "value",
-    [b"", b"{}", b"[]", b"null", b'{"term": -1}', b"\xff", b'{"device_bytes": -1}', b'{"load_s": NaN}', b"[" * 100_000],
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"term": -1}',
+        b"\xff",
+        b'{"device_bytes": -1}',
+        b'{"load_s": NaN}',
+        b'{"problem": 1}',
+        b"[" * 100_000,
+    ],
 )
 def test_what_is_none_is_refused(value: bytes) -> None:
     for parse in (parse_plan, parse_wish, lambda value: parse_pin(keys.pin("sd"), value)):

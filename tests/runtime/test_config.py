@@ -17,6 +17,7 @@ class SampleConfig:
 
     store: Path
     count: int = 1
+    room_bytes: int | None = None
     wait_s: float = 0.5
     reflection: bool = False
     preload: tuple[str, ...] = ("a",)
@@ -63,8 +64,21 @@ def test_every_kind_of_value_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("0", 0), ("-1", -1), ("1024", 1024), ("1024B", 1024), ("8GiB", 8 << 30), ("8 gib", 8 << 30),
+        ("1.5G", 1_500_000_000), ("2k", 2000), ("3MiB", 3 << 20), ("4MB", 4_000_000), ("1T", 10**12), ("1TiB", 1 << 40),
+    ],
+)  # fmt: skip
+def test_a_size_may_have_a_unit(text: str, size_bytes: int) -> None:
+    assert read("--store=/s", f"--room-bytes={text}").room_bytes == size_bytes
+    assert read(store="/s", room_bytes=text).room_bytes == size_bytes
+
+
+@pytest.mark.parametrize(
     ("flag", "value"),
     [
+        ("--room-bytes", "much"), ("--room-bytes", ""), ("--room-bytes", "8 GiBi"), ("--room-bytes", "1e3"),
         ("--count", "many"), ("--count", "1.5"), ("--count", ""), ("--wait-s", "soon"), ("--wait-s", "nan"),
         ("--wait-s", "inf"), ("--wait-s", "-Infinity"), ("--reflection", "yes"), ("--reflection", "1"),
     ],

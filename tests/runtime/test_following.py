@@ -1,4 +1,4 @@
-"""A replica follows the plan when it is idle, one thing at a time, and says what it has on which tier."""
+"""A replica follows the plan, one thing at a time, when it is idle or has waited long enough, and says what it has."""
 
 import asyncio
 import time
@@ -20,6 +20,8 @@ from darkroom.registry.residence import Residence
 from darkroom.runtime import following
 from darkroom.runtime.following import CopyReporter, PlanFollower
 from tests.registry.following import until
+
+CONFIG = Planned()
 
 
 @dataclass
@@ -70,8 +72,8 @@ def order(model_id: str, *, left_s: float = 60.0, tier: Tier = Tier.DEVICE, is_w
     )
 
 
-def follower(shelf: Shelf) -> PlanFollower:
-    return PlanFollower("r", "denoiser", shelf, PlanView(MemoryRegistry()))
+def follower(shelf: Shelf, *, is_apart: bool = False) -> PlanFollower:
+    return PlanFollower("r", "denoiser", shelf, PlanView(MemoryRegistry()), is_apart=is_apart)
 
 
 async def rest() -> None:
@@ -109,14 +111,42 @@ async def test_nothing_is_brought_while_requests_run_or_for_others_or_too_late()
     assert shelf.brought == []
 
 
-async def test_an_operators_wish_does_not_wait_for_ever() -> None:
+@pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST, Tier.DISK])
+@pytest.mark.parametrize("is_wished", [False, True])
+async def test_nothing_waits_for_ever_for_requests_to_end(tier: Tier, *, is_wished: bool) -> None:
     shelf = Shelf(is_idle=False)
-    following_plan, plan = follower(shelf), CachePlan(orders=(order("a"), order("w", is_wished=True)))
+    plan = CachePlan(orders=(order("a", tier=tier, is_wished=is_wished),))
+    following_plan = follower(shelf)
     await following_plan.follow(plan)
+    for waited_s in (following._PATIENCE_S - 5.0, 10.0):
+        assert shelf.brought == []
+        following_plan._since_s = {item: since_s - waited_s for item, since_s in following_plan._since_s.items()}
+        await following_plan.follow(plan)
+        await rest()
+    assert shelf.brought == [("a", tier)]
+    assert CONFIG.order_s > following._PATIENCE_S, "or orders would lapse while they wait"
+
+
+async def test_where_memory_is_not_the_devices_it_is_filled_beside_requests() -> None:
+    shelf = Shelf(is_idle=False)
+    shelf.gate.set()
+    plan = CachePlan(orders=(order("a"), order("h", tier=Tier.HOST), order("d", tier=Tier.DISK)))
+    following_plan = follower(shelf, is_apart=True)
+    for _ in range(4):
+        await following_plan.follow(plan)
+        await rest()
+    assert shelf.brought == [("h", Tier.HOST), ("d", Tier.DISK)]
+
+
+async def test_what_failed_beside_requests_waits_for_them_again() -> None:
+    shelf = Shelf(is_idle=False, is_full=True)
+    following_plan, plan = follower(shelf), CachePlan(orders=(order("a"),))
     following_plan._since_s = dict.fromkeys(plan.orders, time.monotonic() - following._PATIENCE_S - 1)
-    await following_plan.follow(plan)
-    await rest()
-    assert shelf.brought == [("w", Tier.DEVICE)]
+    for _ in range(2):
+        await following_plan.follow(plan)
+        await rest()
+        following_plan._retry_s = dict.fromkeys(plan.orders, 0.0)
+    assert len(shelf.brought) == 1
 
 
 async def test_what_failed_is_tried_again_later_and_others_go_first() -> None:
@@ -130,6 +160,32 @@ async def test_what_failed_is_tried_again_later_and_others_go_first() -> None:
     await following_plan.follow(plan)
     await rest()
     assert [name for name, _ in shelf.brought] == ["a", "b", "a"]
+
+
+async def test_why_an_order_failed_is_said_until_it_is_done_or_lapses() -> None:
+    shelf, said = Shelf(is_full=True), list[Mapping[str, Residence]]()
+
+    async def say(residences: Mapping[str, Residence]) -> None:
+        said.append(residences)
+
+    following_plan, plan = follower(shelf), CachePlan(orders=(order("a"), order("b")))
+    reporter = CopyReporter(shelf, list, say, tells_disk=True, problems=lambda: following_plan.problems)
+    for _ in range(4):
+        await following_plan.follow(plan)
+        await rest()
+    shelf.held["b"] = Copy(disk_bytes=1)
+    await reporter.report()
+    assert {name: residence.problem for name, residence in said[-1].items()} == {
+        name: f"DEVICE_FULL: {DeviceFull(name, '5').message}" for name in ("a", "b")
+    }
+    assert said[-1]["b"].disk_bytes == 1
+    shelf.is_full = False
+    shelf.gate.set()
+    following_plan._retry_s = {}
+    await following_plan.follow(replace(plan, orders=plan.orders[:1]))
+    await rest()
+    await reporter.report()
+    assert said[-1] == {"a": Residence(device_bytes=1), "b": Residence(disk_bytes=1)}
 
 
 async def test_a_release_waits_for_requests_and_is_done_once() -> None:
@@ -172,7 +228,7 @@ async def test_a_plans_rates_are_passed_on_and_count_no_longer_than_it_is_publis
     assert fresh_s == pytest.approx(following._FRESH_S - 20.0, abs=1.0)
     await following_plan.follow(replace(plan, version=2))
     assert [fresh_s for _, fresh_s in shelf.told[2:]] == [following._FRESH_S]
-    assert 3 * Planned().repeat_s <= following._FRESH_S
+    assert 3 * CONFIG.repeat_s <= following._FRESH_S
 
 
 async def test_a_reporter_says_what_changed_and_nothing_twice() -> None:

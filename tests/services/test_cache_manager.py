@@ -210,6 +210,19 @@ async def test_wishes_to_any_manager_are_granted_and_then_forgotten(managers: Ma
     assert not [order for order in described.plan.orders if order.model_id == "flux"]
 
 
+async def test_what_a_replica_could_not_bring_is_described_and_is_not_taken_for_a_copy(managers: Managers) -> None:
+    broken = await managers.replica("denoiser-1")
+    manager = await managers.manager()
+    await broken.set_residences({"flux": Residence(problem="DEVICE_FULL: no room")})
+    async with asyncio.timeout(5):
+        while not (residences := (await manager.describe()).replicas[0].residences):
+            await asyncio.sleep(0.02)
+    assert residences[0].problem == "DEVICE_FULL: no room"
+    assert not residences[0].HasField("device_bytes")
+    request = cachemgr_pb2.LocateRequest(model_id="flux", stage=stage_pb2.STAGE_DENOISER)
+    assert (await manager.stub.Locate(request, timeout=5)).holder_count == 0
+
+
 async def test_a_pin_stands_until_it_is_ended(managers: Managers) -> None:
     await managers.replica("denoiser-1", "sd")
     await managers.replica("denoiser-2")
