@@ -8,7 +8,7 @@ import pytest
 from simulator.cluster import Cluster, Hardware
 from simulator.costs import Loader, Sizes, Work
 from simulator.live import Live, LiveConfig
-from simulator.worker import DEVICE, Job
+from simulator.worker import DEVICE, HOST, Job
 from simulator.workload import Request
 
 Kind = Literal["worth", "lru"]
@@ -47,3 +47,15 @@ def test_evictions_by_worth_keep_what_is_asked_for_often() -> None:
         requests.append(request(number, at_s, rng.choices(NAMES, (40, 20, 1, 1, 1, 1))[0]))
     by_worth, by_age = (serve(requests, kind, workers=1, room=3.0) for kind in KINDS)
     assert sum(job.tier != DEVICE for job in by_worth) < sum(job.tier != DEVICE for job in by_age)
+
+
+def test_memory_comes_before_disk_and_a_load_that_runs_before_another_one() -> None:
+    config = LiveConfig(loader=LOADER, work=Work(), model_bytes=10**9, model_names=NAMES)
+    live = Live(config)
+    cluster = Cluster(live, Hardware(worker_count=2, rooms=(2.0, 2.0, 100.0)), Sizes(0, spread=0.0), seed=0)
+    live.begin(cluster)
+    cluster.workers[1].shelves[HOST].put("m0", 1.0, 0.0)
+    assert live.choose(request(0, 0.0, "m0")).worker_id == 1
+    cluster.workers[1].shelves[HOST].drop("m0")
+    assert live.choose(request(1, 0.0, "m0")).worker_id == 1
+    assert live.choose(request(2, 0.0, "m1")).worker_id == 0
