@@ -3,20 +3,20 @@
 What the simulator is calibrated with. No plans: they would only hide where the two differ.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from darkroom.policy.appraisal import Appraisal
+from darkroom.policy.assignments import Announced, Assignments, HeldModel, Sent
 from darkroom.policy.eviction import Evict, Resident, least_recent, least_valuable
-from darkroom.policy.forecast import Expected, Forecast
+from darkroom.policy.forecast import Wanted
 from darkroom.policy.placement import choose_replica
 from darkroom.policy.popularity import Popularity
 from darkroom.policy.worth import Tier, Worth, WorthConfig
 from simulator.cluster import Cluster
 from simulator.costs import Loader, Work
-from simulator.worker import DEVICE, DISK, Job, Worker
+from simulator.worker import DEVICE, DISK, HOST, Job, Worker
 from simulator.workload import Request
 
 _STAGE = "denoiser"
@@ -32,7 +32,7 @@ class LiveConfig:
     max_images: int = 32
     eviction: Literal["worth", "lru"] = "worth"
     model_bytes: int = 0
-    """Of a model's files: what a router guesses a load by that it has not seen."""
+    """Of a model's files, by which a router guesses what it has not seen: loads, and what they push out."""
     model_names: tuple[str, ...] = ()
     """All models of the store, which lie on every node's disk from the start."""
 
@@ -42,10 +42,9 @@ class Live:
 
     def __init__(self, config: LiveConfig) -> None:
         self.loader, self.work, self.max_images = config.loader, config.work, config.max_images
-        self._config, self._forecast = config, Forecast()
-        self._running: Counter[int] = Counter()
-        self._alone: dict[int, bool] = {}
-        """By request: whether the model was held, of those that had their replica to themselves."""
+        self._config, self._assignments = config, Assignments()
+        self._sent: dict[int, Sent] = {}
+        """By request."""
         self._appraisals: dict[int, Appraisal] = {}
 
     def begin(self, cluster: Cluster) -> None:
@@ -79,38 +78,45 @@ class Live:
 
     def choose(self, request: Request) -> Worker:
         """As the router does, by its forecast."""
+        wanted, now_s = self._wanted(request), self._cluster.clock.now_s
+        said = {worker: self._announced(worker, request.base) for worker in self._cluster.workers}
         chosen = choose_replica(
-            [
-                self._forecast.candidate(
-                    Expected(
-                        replica_id=f"{worker.worker_id:03}",
-                        running_count=self._running[worker.worker_id],
-                        holds_model=request.base in worker.shelves[DEVICE],
-                        is_suspect=False,
-                    ),
-                    _STAGE,
-                    request.base,
-                    _amount(request),
-                    self._config.model_bytes,
-                )
-                for worker in self._cluster.workers
-            ]
+            [self._assignments.candidate(each, wanted, now_s, is_suspect=False) for each in said.values()]
         )
         assert chosen is not None
         worker = self._cluster.workers[int(chosen.replica_id)]
-        if not self._running[worker.worker_id]:
-            self._alone[request.number] = request.base in worker.shelves[DEVICE]
-        self._running[worker.worker_id] += 1
+        self._sent[request.number] = self._assignments.send(said[worker], wanted, now_s)
         return worker
+
+    def _wanted(self, request: Request) -> Wanted:
+        return Wanted(
+            stage=_STAGE, model_id=request.base, work=_amount(request), size_bytes=float(self._config.model_bytes)
+        )
+
+    def _announced(self, worker: Worker, name: str) -> Announced:
+        """What the worker's replica would say in the registry."""
+        device, scale, tier = worker.shelves[DEVICE], self._config.model_bytes, Tier(worker.tier_of(name))
+        return Announced(
+            replica_id=f"{worker.worker_id:03}",
+            tier=Tier.HOST if tier is Tier.DEVICE and worker.is_loading(name) else tier,  # said once it is loaded
+            room_bytes=device.room * scale,
+            held=tuple(
+                HeldModel(
+                    model_id=item.name,
+                    size_bytes=item.size * scale,
+                    back=Tier.HOST if item.name in worker.shelves[HOST] else Tier.DISK,
+                    other_count=self._cluster.holders[DEVICE][item.name] - 1,
+                )
+                for item in device.items.values()
+            ),
+        )
 
     def finished(self, job: Job) -> None:
         """What the router and the replica learn from an answer."""
-        self._running[job.worker_id] -= 1
-        now_s, request = self._cluster.clock.now_s, job.request
-        held = self._alone.pop(request.number, None)
-        if held is not None:
-            self._forecast.add(_STAGE, request.base, _amount(request), now_s - request.arrival_s, held=held)
-        self._appraisals[job.worker_id].worth.add(request.base, now_s, now_s - job.start_s)
+        now_s, sent = self._cluster.clock.now_s, self._sent.pop(job.request.number)
+        self._assignments.answered(sent, now_s)
+        self._assignments.close(sent)
+        self._appraisals[job.worker_id].worth.add(job.request.base, now_s, now_s - job.start_s)
 
 
 def _amount(request: Request) -> float:

@@ -43,6 +43,11 @@ class Member:
         """Its host: members of one share a disk."""
         return self.address.rpartition(":")[0]
 
+    @property
+    def is_one_memory(self) -> bool:
+        """Whether its device's memory is the host's: there a model that leaves the device has left both."""
+        return not self.device.startswith("cuda")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:

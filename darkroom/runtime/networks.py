@@ -14,9 +14,12 @@ from darkroom.models.program import Ticket
 from darkroom.models.remote import OutsideCall, Reply
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw, to_torch
-from darkroom.policy.forecast import Expected, Forecast
+from darkroom.policy.assignments import Assignments
+from darkroom.policy.forecast import Wanted
 from darkroom.policy.placement import Candidate, choose_replica
+from darkroom.registry.announced import announced
 from darkroom.registry.membership import ClusterView
+from darkroom.registry.port import Member
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.exchange import TensorShelf, TensorSource
 from darkroom.runtime.server import time_left_s
@@ -51,8 +54,7 @@ class NetworkCalls:
         self._replica, self._view, self._channels = replica, view, channels
         self._shelf, self._source = shelf, source
         self._loop = asyncio.get_running_loop()
-        self._forecast = Forecast()
-        self._sent_count: dict[str, int] = {}
+        self._assignments = Assignments()
         self._suspect_until_s: dict[str, float] = {}
 
     async def serve(self, call: NetworkCall, deadline_s: float) -> Reply:
@@ -93,36 +95,35 @@ class NetworkCalls:
             arguments_json=tree_json(call.arguments),
             tensors=self.publish(call.tensors),
         )
+        wanted = Wanted(stage=stage, model_id=call.model_id, work=1.0, size_bytes=0.0)
         tried: list[str] = []
         failure: Unavailable | Overloaded | DeadlinePassed = StageUnavailable(stage, "none is up")
         while True:
             members = {member.replica_id: member for member in self._view.members(stage)}
-            chosen = choose_replica([self._candidate(member_id, stage, call) for member_id in members], tried=tried)
+            chosen = choose_replica([self._candidate(member, wanted) for member in members.values()], tried=tried)
             if chosen is None:
                 raise failure
             tried.append(chosen.replica_id)
-            self._sent_count[chosen.replica_id] = self._sent_count.get(chosen.replica_id, 0) + 1
+            member = members[chosen.replica_id]
             left_s = call.deadline_s - time.monotonic()
             if left_s <= 0:
                 raise DeadlinePassed(stage)
+            sent = self._assignments.send(announced(self._view, member, call.model_id), wanted, time.monotonic())
             try:
-                return await self._ask(members[chosen.replica_id].address, stage, request, left_s)
+                return await self._ask(member.address, stage, request, left_s)
             except (Unavailable, DeadlinePassed) as error:
                 failure = error
                 self._suspect_until_s[chosen.replica_id] = time.monotonic() + _SUSPECT_S
             except Overloaded as error:
                 failure = error
             finally:
-                self._sent_count[chosen.replica_id] -= 1
+                self._assignments.close(sent)
 
-    def _candidate(self, replica_id: str, stage: str, call: OutsideCall) -> Candidate:
-        expected = Expected(
-            replica_id=replica_id,
-            running_count=self._sent_count.get(replica_id, 0),
-            holds_model=call.model_id in self._view.models_of(replica_id),
-            is_suspect=self._suspect_until_s.get(replica_id, 0.0) > time.monotonic(),
-        )
-        return self._forecast.candidate(expected, stage, call.model_id, work=1.0, size_bytes=0)
+    def _candidate(self, member: Member, wanted: Wanted) -> Candidate:
+        now_s = time.monotonic()
+        is_suspect = self._suspect_until_s.get(member.replica_id, 0.0) > now_s
+        said = announced(self._view, member, wanted.model_id)
+        return self._assignments.candidate(said, wanted, now_s, is_suspect=is_suspect)
 
     async def _ask(self, address: str, stage: str, request: network_pb2.CallNetworkRequest, left_s: float) -> Reply:
         stub = network_pb2_grpc.NetworkServiceStub(self._channels.to(address))

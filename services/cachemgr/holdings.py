@@ -12,10 +12,11 @@ from darkroom.policy.worth import LoadTimes
 from darkroom.registry.cache_plan import PlanView
 from darkroom.registry.catalogue import GuideEntry, LoraEntry, ModelEntry
 from darkroom.registry.membership import ClusterView
+from darkroom.registry.parts import PART_STAGES, stage_bytes
 from darkroom.registry.port import Member
 from darkroom.registry.residence import Residence
 from services.cachemgr.ledger import Ledger
-from services.cachemgr.situation import PLANNED_STAGES, best_sites, load_times, stage_bytes
+from services.cachemgr.situation import best_sites, load_times
 
 STAGES = ("encoder", "denoiser", "vae", "controlnet")
 _MOST = 100
@@ -105,7 +106,7 @@ class Holdings:
         view, now_s = self._ready(), self._clock()
         popularity = self._ledger.worth(MAIN_STAGE).popularity
         rates, bands = popularity.rates(now_s), popularity.bands(now_s)
-        times = {stage: load_times(view, stage, self._guessed) for stage in PLANNED_STAGES}
+        times = {stage: load_times(view, stage, self._guessed) for stage in PART_STAGES}
         found = []
         for model_id in sorted(rates, key=lambda name: (-rates[name], name))[:_MOST]:
             entry = view.model(model_id)
@@ -113,7 +114,7 @@ class Holdings:
                 sizes = stage_bytes(entry)
                 sites = [
                     (stage, site)
-                    for stage in PLANNED_STAGES
+                    for stage in PART_STAGES
                     for site in best_sites(view, stage, model_id, sizes[stage], times[stage])
                 ]
                 found.append(Asked(model_id, bands[model_id], rates[model_id], tuple(sites)))

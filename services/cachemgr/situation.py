@@ -3,40 +3,24 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from darkroom.families import FAMILIES
 from darkroom.policy.planning import CacheReplica
 from darkroom.policy.scaling import Host, Site, sites
 from darkroom.policy.worth import LoadTimes, Tier
+from darkroom.registry.announced import nearest_tier
 from darkroom.registry.catalogue import ModelEntry
 from darkroom.registry.membership import ClusterView
+from darkroom.registry.parts import PART_STAGES, stage_bytes
 from darkroom.registry.port import Member
 from darkroom.registry.residence import Residence
 
-PLANNED_STAGES = ("denoiser", "encoder", "vae")
-"""Those that hold parts of models; ControlNets are fetched by those who call them."""
 START_S = 10.0
 """Until a stage process that is started serves: mostly Python and torch coming up."""
-_CONDITIONING = ("text_encoder", "tokenizer", "image_encoder", "feature_extractor")
-_USUAL_DENOISERS = ("unet", "transformer", "transformer_2", "prior")
 _NO_ROOM = (0.0, 0.0, 0.0)
-
-
-def stage_bytes(entry: ModelEntry) -> dict[str, float]:
-    """Bytes of each stage's part of a model, by its files."""
-    family = FAMILIES.get(entry.pipeline)
-    denoisers = family.denoisers if family else _USUAL_DENOISERS
-    sizes = dict.fromkeys(PLANNED_STAGES, 0.0)
-    for component in entry.components:
-        if component.name in denoisers:
-            sizes["denoiser"] += component.size_bytes
-        else:
-            sizes["encoder" if component.name.startswith(_CONDITIONING) else "vae"] += component.size_bytes
-    return {stage: max(size, 1.0) for stage, size in sizes.items()}
 
 
 def sizes_by_stage(models: Sequence[ModelEntry]) -> dict[str, dict[str, float]]:
     """Bytes by stage and model."""
-    sizes: dict[str, dict[str, float]] = {stage: {} for stage in PLANNED_STAGES}
+    sizes: dict[str, dict[str, float]] = {stage: {} for stage in PART_STAGES}
     for entry in models:
         for stage, size in stage_bytes(entry).items():
             sizes[stage][entry.model_id] = size
@@ -74,15 +58,10 @@ def replicas(
     return sorted(found, key=lambda replica: replica.replica_id)
 
 
-def _is_one_memory(member: Member) -> bool:
-    """Whether its device's memory is the host's: there a model that leaves the device has left both."""
-    return not member.device.startswith("cuda")
-
-
 def _rooms(member: Member) -> tuple[float, float, float]:
     if member.rooms is None:
         return _NO_ROOM
-    host = math.inf if _is_one_memory(member) else float(member.rooms.host_bytes)
+    host = math.inf if member.is_one_memory else float(member.rooms.host_bytes)
     disk = math.inf if member.rooms.disk_bytes is None else float(member.rooms.disk_bytes)
     return float(member.rooms.device_bytes), host, disk
 
@@ -96,7 +75,7 @@ def _held(
     if member.rooms is not None and member.rooms.disk_bytes is None:
         disk = known
     host = {name: known[name] for name, r in residences.items() if _is(r.host_bytes, name, known)}
-    return device, disk if _is_one_memory(member) else host, disk
+    return device, disk if member.is_one_memory else host, disk
 
 
 def _is(size_bytes: int | None, name: str, known: Mapping[str, float]) -> bool:
@@ -113,7 +92,7 @@ def load_times(view: ClusterView, stage: str, guessed: LoadTimes) -> LoadTimes:
     ]
     total_bytes = sum(size for _, size in loads)
     whole_s = sum(load_s for load_s, _ in loads) / total_bytes if loads else guessed.disk_s + guessed.bus_s
-    if any(not _is_one_memory(member) for member in view.members(stage)):
+    if any(not member.is_one_memory for member in view.members(stage)):
         return LoadTimes(
             network_s=guessed.network_s, disk_s=max(whole_s - guessed.bus_s, guessed.bus_s), bus_s=guessed.bus_s
         )
@@ -122,23 +101,14 @@ def load_times(view: ClusterView, stage: str, guessed: LoadTimes) -> LoadTimes:
 
 def best_sites(view: ClusterView, stage: str, model_id: str, size_bytes: float, times: LoadTimes) -> list[Site]:
     """Where one more copy would be warm first: on a replica that is up, and on one to be started."""
-    hosts = [
-        Host(
-            replica_id=member.replica_id,
-            machine=member.machine,
-            tier=_tier(member, view.residences_of(member.replica_id).get(model_id, Residence())),
-        )
+    tiers = {
+        member: nearest_tier(member, view.residences_of(member.replica_id).get(model_id))
         for member in view.members(stage)
+    }
+    hosts = [
+        Host(replica_id=member.replica_id, machine=member.machine, tier=Tier.REMOTE if tier is None else tier)
+        for member, tier in tiers.items()
     ]
     found = sites(hosts, size_bytes, times, START_S)
     up = [site for site in found if site.replica_id is not None]
     return [*up[:1], *[site for site in found if site.replica_id is None][:1]]
-
-
-def _tier(member: Member, residence: Residence) -> Tier:
-    if residence.device_bytes is not None:
-        return Tier.DEVICE
-    if residence.host_bytes is not None:
-        return Tier.HOST
-    has_store = member.rooms is not None and member.rooms.disk_bytes is None
-    return Tier.DISK if has_store or residence.disk_bytes is not None else Tier.REMOTE

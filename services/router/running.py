@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,9 +22,13 @@ from darkroom.errors import (
     UnknownHolder,
     UnusableCheckpoint,
 )
-from darkroom.policy.forecast import Expected, Forecast
+from darkroom.policy.assignments import Assignments
+from darkroom.policy.forecast import Wanted
 from darkroom.policy.placement import Candidate, choose_replica
+from darkroom.policy.worth import Tier
+from darkroom.registry.announced import announced
 from darkroom.registry.membership import ClusterView
+from darkroom.registry.parts import stage_bytes
 from darkroom.registry.port import Member
 from darkroom.wire.graphs import DenoiseWork, Graph, Node
 from services.router.attempts import Attempts
@@ -95,15 +98,14 @@ class GraphRunner:
         self._on_used = on_used
         self._view, self._stages = view, stages
         self._replica_wait_s, self._max_running = replica_wait_s, max_running
-        self._forecast = Forecast()
-        self._running: Counter[str] = Counter()
+        self._assignments = Assignments()
         self._suspect_until_s: dict[str, float] = {}
         self._request_count = 0
 
     @property
-    def running(self) -> dict[str, int]:
+    def running(self) -> Mapping[str, int]:
         """Calls that run now, by replica."""
-        return dict(self._running)
+        return self._assignments.running
 
     async def run(self, graph: Graph, settings: CallSettings) -> AsyncGenerator[Event, None]:
         """Events as they happen, `Finished` last. Closing the iterator cancels every call.
@@ -204,24 +206,20 @@ class GraphRunner:
     async def _call(
         self, run: _Run, node: Node, inputs: Mapping[str, Value], member: Member, attempts: Attempts
     ) -> Answer:
-        held, company = self._holds(member, node), self._running[member.replica_id]
-        start_s = asyncio.get_running_loop().time()
-        self._running[member.replica_id] += 1
+        loop, wanted = asyncio.get_running_loop(), self._wanted(node)
+        said = announced(self._view, member, node.work.model_id)
+        sent = self._assignments.send(said, wanted, loop.time())
         try:
             call = self._stages.call(member.address, node, inputs, run.settings, attempts)
             answer = await attempts.heed(
                 call, node.stage, _SILENCE_S, lambda: bool(self._untried(node.stage, [member.replica_id]))
             )
-            if not company:
-                seconds = asyncio.get_running_loop().time() - start_s
-                self._forecast.add(node.stage, node.work.model_id, work_of(node), seconds, held=held)
-            usual_s = self._forecast.run_s(node.stage, node.work.model_id, work_of(node))
-            self._on_used(node, answer.run_s if held else min(answer.run_s, usual_s))
+            self._assignments.answered(sent, loop.time())
+            usual_s = self._assignments.run_s(wanted)
+            self._on_used(node, answer.run_s if said.tier is Tier.DEVICE else min(answer.run_s, usual_s))
             return answer
         finally:
-            self._running[member.replica_id] -= 1
-            if not self._running[member.replica_id]:
-                del self._running[member.replica_id]
+            self._assignments.close(sent)
 
     async def _place(self, node: Node, tried: list[str], failure: DarkroomError | None) -> Member:
         """The replica to call next. Waits while the stage has none; raises the last failure when all were tried."""
@@ -232,8 +230,9 @@ class GraphRunner:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._replica_wait_s):
                     await self._view.wait_for(lambda _: bool(self._untried(node.stage, tried)))
+        wanted = self._wanted(node)
         by_id = {member.replica_id: member for member in self._untried(node.stage, tried)}
-        chosen = choose_replica([self._candidate(member, node) for member in by_id.values()])
+        chosen = choose_replica([self._candidate(member, wanted) for member in by_id.values()])
         if chosen is None:
             raise failure or StageUnavailable(node.stage, "none is up")
         _log.debug("placed", stage=node.stage, replica=chosen.replica_id, why=chosen.reason)
@@ -247,20 +246,16 @@ class GraphRunner:
     def _untried(self, stage: str, tried: list[str]) -> list[Member]:
         return [member for member in self._view.members(stage) if member.replica_id not in tried]
 
-    def _candidate(self, member: Member, node: Node) -> Candidate:
+    def _candidate(self, member: Member, wanted: Wanted) -> Candidate:
         now_s = asyncio.get_running_loop().time()
-        expected = Expected(
-            replica_id=member.replica_id,
-            running_count=self._running[member.replica_id],
-            holds_model=self._holds(member, node),
-            is_suspect=self._suspect_until_s.get(member.replica_id, 0.0) > now_s,
-        )
-        entry = self._view.model(node.work.model_id)
-        size_bytes = sum(part.size_bytes for part in entry.components) if entry else 0
-        return self._forecast.candidate(expected, node.stage, node.work.model_id, work_of(node), size_bytes)
+        is_suspect = self._suspect_until_s.get(member.replica_id, 0.0) > now_s
+        said = announced(self._view, member, wanted.model_id)
+        return self._assignments.candidate(said, wanted, now_s, is_suspect=is_suspect)
 
-    def _holds(self, member: Member, node: Node) -> bool:
-        return node.work.model_id in self._view.models_of(member.replica_id)
+    def _wanted(self, node: Node) -> Wanted:
+        entry = self._view.model(node.work.model_id)
+        size_bytes = stage_bytes(entry)[node.stage] if entry else 0.0
+        return Wanted(stage=node.stage, model_id=node.work.model_id, work=work_of(node), size_bytes=size_bytes)
 
 
 def work_of(node: Node) -> float:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from darkroom.policy.forecast import Expected, Forecast
+from darkroom.policy.forecast import Expected, Forecast, Wanted
 from darkroom.policy.placement import Candidate, choose_replica
+from darkroom.policy.worth import Tier
 from tests.policy.trace import TraceEvent, check_trace, traces
 
 IDS = [f"r{number}" for number in range(6)]
@@ -28,10 +29,16 @@ REPLICAS = st.lists(
 TRIED = st.sets(st.sampled_from(IDS))
 
 
+def wanted(model_id: str = "sd", stage: str = "vae", work: float = 1.0, size_bytes: float = 1e9) -> Wanted:
+    return Wanted(stage=stage, model_id=model_id, work=work, size_bytes=size_bytes)
+
+
 def load(replica_id: str, running: int = 0, *, holds: bool = False, suspect: bool = False) -> Candidate:
-    """Of requests that take a second each, and a model of no size: its load takes 0.3 s."""
-    expected = Expected(replica_id=replica_id, running_count=running, holds_model=holds, is_suspect=suspect)
-    return Forecast().candidate(expected, "denoiser", "sd", work=1.0, size_bytes=0)
+    """Of requests that take a second each, and a model of no size: its load takes 0.3 s, from who knows where."""
+    expected = Expected(
+        replica_id=replica_id, running_count=running, tier=Tier.DEVICE if holds else None, is_suspect=suspect
+    )
+    return Forecast().candidate(expected, wanted(size_bytes=0.0))
 
 
 def chosen(*replicas: Candidate, tried: tuple[str, ...] = ()) -> str | None:
@@ -68,15 +75,55 @@ def test_loads_run_beside_the_queue() -> None:
 
 
 def test_runs_and_loads_are_learned_from_requests_that_were_alone() -> None:
+    forecast, twice = Forecast(), wanted(work=2.0)
+    assert forecast.load_s(twice, None) == pytest.approx(2.3)
+    forecast.add(twice, 99.0, None)  # nobody knows yet what of it was the load
+    forecast.add(twice, 6.0, Tier.DEVICE)
+    assert forecast.run_s(wanted()) == 3.0
+    assert forecast.run_s(wanted("other")) == 3.0
+    assert forecast.run_s(wanted(stage="encoder")) == 1.0
+    forecast.add(twice, 26.0, None)
+    assert forecast.load_s(twice, None) == 20.0
+
+
+def test_of_loads_nobody_has_seen_the_nearer_take_less() -> None:
+    loads = [Forecast().load_s(wanted(), tier) for tier in Tier]
+    assert loads == pytest.approx([0.0, 0.3 + 0.1, 0.3 + 2.0, 0.3 + 4.0])
+    assert Forecast().load_s(wanted(), None) == loads[Tier.DISK]
+
+
+def seen(*loads: tuple[Tier, float]) -> Forecast:
     forecast = Forecast()
-    assert forecast.load_s("vae", "sd", 500_000_000) == pytest.approx(1.3)
-    forecast.add("vae", "sd", 2.0, 99.0, held=False)  # nobody knows yet what of it was the load
-    forecast.add("vae", "sd", 2.0, 6.0, held=True)
-    assert forecast.run_s("vae", "sd", 1.0) == 3.0
-    assert forecast.run_s("vae", "other", 1.0) == 3.0
-    assert forecast.run_s("encoder", "sd", 1.0) == 1.0
-    forecast.add("vae", "sd", 2.0, 26.0, held=False)
-    assert forecast.load_s("vae", "sd", 500_000_000) == 20.0
+    forecast.add(wanted(), 1.0, Tier.DEVICE)
+    for tier, load_s in loads:
+        forecast.add(wanted(), 1.0 + load_s, tier)
+    return forecast
+
+
+def test_loads_are_learned_by_the_tier_they_come_from() -> None:
+    forecast = seen((Tier.HOST, 2.0), (Tier.DISK, 5.0))
+    assert [forecast.load_s(wanted(), tier) for tier in (Tier.HOST, Tier.DISK)] == [2.0, 5.0]
+    assert forecast.load_s(wanted("other"), Tier.DISK) == pytest.approx(2.3)
+
+
+@pytest.mark.parametrize("tier", [Tier.HOST, Tier.DISK, Tier.REMOTE])
+@pytest.mark.parametrize("load_s", [0.01, 50.0])
+def test_a_load_from_one_tier_puts_none_before_a_nearer_one(tier: Tier, load_s: float) -> None:
+    forecast = seen((tier, load_s))
+    loads = [forecast.load_s(wanted(), each) for each in Tier]
+    assert loads == sorted(loads)
+    assert len(set(loads)) == len(loads)
+
+
+def test_bytes_come_to_host_memory_beside_the_queue_and_then_to_the_device() -> None:
+    forecast = seen((Tier.HOST, 2.0), (Tier.DISK, 5.0))
+    disk, host, unknown = (
+        forecast.candidate(Expected(replica_id="a", running_count=8, tier=tier, is_suspect=False), wanted())
+        for tier in (Tier.DISK, Tier.HOST, None)
+    )
+    assert (disk.prepare_s, disk.swap_s, disk.finish_s) == (3.0, 2.0, 4.0 + 2.0 + 1.0)
+    assert (host.prepare_s, host.swap_s) == (0.0, 2.0)
+    assert (unknown.prepare_s, unknown.swap_s) == pytest.approx((2.3, 0.0)), "as far as anybody can tell"
 
 
 def test_equals_are_told_apart_by_id() -> None:

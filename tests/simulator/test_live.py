@@ -1,14 +1,16 @@
 """A live cluster's counterpart: requests go where their models are, and evictions keep what is asked for often."""
 
 import random
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 
+from darkroom.policy.worth import Tier
 from simulator.cluster import Cluster, Hardware
 from simulator.costs import Loader, Sizes, Work
 from simulator.live import Live, LiveConfig
-from simulator.worker import DEVICE, Job
+from simulator.worker import DEVICE, HOST, Job
 from simulator.workload import Request
 
 Kind = Literal["worth", "lru"]
@@ -47,3 +49,39 @@ def test_evictions_by_worth_keep_what_is_asked_for_often() -> None:
         requests.append(request(number, at_s, rng.choices(NAMES, (40, 20, 1, 1, 1, 1))[0]))
     by_worth, by_age = (serve(requests, kind, workers=1, room=3.0) for kind in KINDS)
     assert sum(job.tier != DEVICE for job in by_worth) < sum(job.tier != DEVICE for job in by_age)
+
+
+def test_memory_comes_before_disk_and_a_load_that_runs_before_another_one() -> None:
+    config = LiveConfig(loader=LOADER, work=Work(), model_bytes=10**9, model_names=NAMES)
+    live = Live(config)
+    cluster = Cluster(live, Hardware(worker_count=2, rooms=(2.0, 2.0, 100.0)), Sizes(0, spread=0.0), seed=0)
+    live.begin(cluster)
+    cluster.workers[1].shelves[HOST].put("m0", 1.0, 0.0)
+    assert live.choose(request(0, 0.0, "m0")).worker_id == 1
+    cluster.workers[1].shelves[HOST].drop("m0")
+    assert live.choose(request(1, 0.0, "m0")).worker_id == 1
+    assert live.choose(request(2, 0.0, "m1")).worker_id == 0
+
+
+def test_what_is_asked_for_is_not_pushed_out_where_another_worker_has_room() -> None:
+    live = Live(LiveConfig(loader=LOADER, work=Work(), model_bytes=10**9, model_names=NAMES))
+    cluster = Cluster(live, Hardware(worker_count=2, rooms=(2.0, 0.0, 100.0)), Sizes(0, spread=0.0), seed=0)
+    live.begin(cluster)
+    for name in ("m0", "m1"):
+        cluster.workers[0].shelves[DEVICE].put(name, 1.0, 0.0)
+    for number in range(4):
+        asked = request(number, 0.0, NAMES[number % 2])
+        assert live.choose(asked).worker_id == 0
+        live.finished(Job(asked, 0, DEVICE))
+    assert live.choose(request(9, 0.0, "m2")).worker_id == 1
+
+
+def test_a_model_on_its_way_to_a_device_is_not_there_yet() -> None:
+    live = Live(LiveConfig(loader=replace(LOADER, disk_s=0.0, bus_s=1.0), work=Work(), model_names=NAMES))
+    cluster = Cluster(live, Hardware(worker_count=1, rooms=(2.0, 0.0, 100.0)), Sizes(0, spread=0.0), seed=0)
+    live.begin(cluster)
+    worker = cluster.workers[0]
+    worker.prefetch("m0", DEVICE)
+    worker.shelves[DEVICE].put("m0", 1.0, 0.0)
+    assert live._announced(worker, "m0").tier is Tier.HOST
+    assert live._announced(worker, "m1").tier is Tier.DISK
