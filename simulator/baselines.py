@@ -1,6 +1,7 @@
 """What Darkroom is compared with: production as it is, and what knows the future."""
 
 import bisect
+import hashlib
 from collections.abc import Callable, Sequence
 
 from darkroom.policy.eviction import Evict, Resident, enough
@@ -82,6 +83,15 @@ def locality(system: Baseline, request: Request) -> Worker:
     """The worker that would answer first, its load counted in, any of several."""
     rng = system.cluster.rng
     return min(system.cluster.workers, key=lambda w: (system.finish_s(w, request), rng.random()))
+
+
+def homes(system: Baseline, request: Request) -> Worker:
+    """One of the model's own two workers, the one that is free first: replicas per model, as pods behind a service."""
+    workers, seed = system.cluster.workers, system.cluster.sizes.seed
+    digest = hashlib.blake2b(f"{seed} home {request.base}".encode(), digest_size=8).digest()
+    first, step = divmod(int.from_bytes(digest, "big"), len(workers) - 1 or 1)
+    own = (workers[first % len(workers)], workers[(first + 1 + step) % len(workers)])
+    return min(own, key=lambda w: (system.free_s[w.worker_id], w.worker_id))
 
 
 def by_recency(system: Baseline, worker_id: int, item: Resident) -> float:

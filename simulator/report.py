@@ -50,7 +50,7 @@ class Figures:
     duty: float
     """Share of the devices' time spent on requests' steps, decoding and encoding."""
     hot_s: float
-    """Mean latency of requests for the most popular 5 % of base models, per unit of work."""
+    """Mean latency of requests for the most popular 5 % of base models."""
     cold_s: float
     """Likewise for the least popular 70 %."""
 

@@ -32,12 +32,14 @@ def _ours(config: DarkroomConfig) -> Make:
 BASELINES: Mapping[str, Make] = {
     "lru": _baseline(baselines.least_loaded, baselines.by_recency),
     "lru-random": _baseline(baselines.any_worker, baselines.by_recency),
+    "lru-homes": _baseline(baselines.homes, baselines.by_recency),
     "lru-locality": _baseline(baselines.locality, baselines.by_recency),
     "lfu-locality": _baseline(baselines.locality, baselines.by_count),
     "popularity-locality": _baseline(baselines.locality, baselines.by_popularity),
     "oracle-locality": _oracle,
 }
-"""As production serves: turn by turn, plain loads. `lru` is the production baseline."""
+"""As production serves: turn by turn, plain loads. `lru` is the production baseline; `lru-homes` has its
+hot-model paradox: whoever is popular waits for its own two workers, however warm they are."""
 
 OURS: Mapping[str, Make] = {"darkroom": _ours(_OURS), "darkroom-batched": _ours(_BATCHED)}
 

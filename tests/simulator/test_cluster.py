@@ -123,6 +123,15 @@ def test_darkroom_beats_production_and_nobody_beats_the_limit() -> None:
     assert means["lru"] > means["lru-locality"] > means["darkroom"] > means["all-warm"]
 
 
+def test_where_models_have_their_own_workers_the_popular_ones_are_slower_and_with_darkroom_they_are_not() -> None:
+    setting = Settings(request_count=800, compression=24.0)
+    requests = workload(setting, seed=0)
+    sticky, ours = (replay(name, requests, setting, seed=0)[0] for name in ("lru-homes", "darkroom"))
+    assert sticky.hot_s > sticky.cold_s
+    assert ours.hot_s < ours.cold_s
+    assert ours.hot_s < sticky.hot_s / 3
+
+
 def test_series_count_who_waits_and_spreads_have_intervals() -> None:
     requests = [ask(0, 0, "a"), ask(1, 1, "a")]
     cluster = Cluster(Baseline(least_loaded, by_recency, LOADS), Hardware(worker_count=1), EQUAL, seed=0)
