@@ -1,7 +1,6 @@
 """Each training does what it should: twenty steps lower its loss, and it goes on where it stopped."""
 
 import os
-import random
 import signal
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from training.evaluate import interval
 from training.features import FEATURES, features_of, frechet_distance, share_read, train_reader
 from training.latents import Latents
 from training.scenes import Scene, Thing, make_dataset, random_scenes, single
-from training.scorer import ScorerTraining, confidence, make_processor, moved, seen
+from training.scorer import ScorerTraining, confidence, make_processor, seen
 from training.text import Kind, TextTraining, make_t5_encoder, told
 from training.tokenizer import caption_words, make_t5_tokenizer
 from training.vae import encode_all, make_vae, reconstruct, refine_decoder, train_vae
@@ -203,12 +202,3 @@ def test_the_scorer_learns_and_transformers_loads_it(tmp_path: Path) -> None:
     assert ((scores >= 0) & (scores <= 1)).all()
     prepared = EfficientNetImageProcessorPil.from_pretrained(tmp_path)(list(real[:3]), return_tensors="pt")
     torch.testing.assert_close(prepared.pixel_values, seen(torch.from_numpy(real[:3])), atol=0.01, rtol=0)
-
-
-def test_images_are_moved_each_its_own_way_and_stay_what_they_are() -> None:
-    image_BCHW = torch.zeros(40, 3, 64, 64)
-    image_BCHW[:, :, 20:30, 24:28] = 1.0  # 40 pixels
-    turned_BCHW = moved(image_BCHW, random.Random(1))
-    assert turned_BCHW.shape == image_BCHW.shape
-    assert (turned_BCHW.sum((1, 2, 3)) == 3 * 40).all()
-    assert len({tuple(image.flatten().tolist()) for image in turned_BCHW}) > 20
