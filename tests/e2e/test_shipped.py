@@ -13,7 +13,7 @@ from PIL import Image
 from darkroom.client import Client, Drawing
 from darkroom.registry.catalogue import GuideEntry, LoraEntry, read_model_store
 from darkroom.wire.conditions import ConditionFiles, ControlUse
-from tests.shipped import MODELS
+from tests.shipped import MODELS, sampled
 from training.controlnet import draw_anywhere, edges
 from training.evaluate import load, model_defaults
 from training.scenes import SIZE_PX
@@ -52,7 +52,7 @@ async def test_a_shipped_model_draws_as_in_plain_diffusers(client: Client, model
     assert np.array_equal(pixels(drawn.images[0]), plainly(load(MODELS / model_id), model_id, 5))
 
 
-@pytest.mark.parametrize("entry", SHIPPED.loras, ids=lambda entry: entry.lora_id)
+@pytest.mark.parametrize("entry", sampled(SHIPPED.loras))
 async def test_a_shipped_lora_draws_as_in_plain_diffusers(client: Client, entry: LoraEntry) -> None:
     base_id = str(entry.base_model)
     drawing = Drawing(prompt=HARD, model_id=base_id, seed=6, deterministic=True)

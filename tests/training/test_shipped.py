@@ -7,7 +7,7 @@ from transformers import CLIPTokenizer
 
 from bench.quality_adapters import of_controlnet, of_lora
 from darkroom.registry.catalogue import GuideEntry, LoraEntry, read_model_store
-from tests.shipped import MODELS
+from tests.shipped import MODELS, sampled
 from training.evaluate import easy_scenes, generate, hard_scenes, load, model_defaults
 from training.judge import mark_all
 from training.scenes import loose_caption, random_scenes
@@ -53,7 +53,7 @@ def test_a_shipped_model_draws_what_the_prompt_says(model_id: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", SHIPPED.loras, ids=lambda entry: entry.lora_id)
+@pytest.mark.parametrize("entry", sampled(SHIPPED.loras))
 def test_a_shipped_lora_paints_in_its_style(entry: LoraEntry) -> None:
     row, _ = of_lora(MODELS, entry, 20)
     assert row["without"] <= 0.1
