@@ -86,7 +86,7 @@ train-dit: $(VENV)  ## Trains models/shapes-dit, over the VAE of models/shapes (
 
 train-loras: $(VENV)  ## Trains the LoRAs of models/shapes and models/shapes-dit.
 	set -e; for style in $(STYLES); do $(PYTHON) -m training.lora --style $$style --out models/shapes-$$style; done
-	$(PYTHON) -m training.lora --model models/shapes-dit --style outline --out models/shapes-dit-outline
+	$(PYTHON) -m training.lora --model models/shapes-dit --style outline --limit-s 700 --out models/shapes-dit-outline
 
 train-controlnet: $(VENV)  ## Trains the ControlNet of models/shapes.
 	$(PYTHON) -m training.controlnet

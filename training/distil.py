@@ -1,9 +1,9 @@
 """Distils `shapes` into `shapes-turbo`: a small UNet that draws in two steps without guidance.
 
 Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512): one step of the student is to land where two of the
-teacher's do, by DDIM. The student has a quarter of the teacher's channels, and neither its innermost level nor its
-middle: few steps alone make no lighter model for a cascade, since of prompts that leave nothing open even the teacher
-needs few. VAE and text encoder stay the teacher's.
+teacher's do, by DDIM. The student has half of the teacher's channels, neither its innermost level nor its middle, and
+is shown few scenes of two things: few steps alone make no lighter model for a cascade, since of prompts that leave
+nothing open even the teacher needs few. VAE and text encoder stay the teacher's.
 
     python -m training.distil --teacher models/shapes --out models/shapes-turbo
 """
@@ -33,7 +33,7 @@ _REUSE, _KEPT_COUNT = 4, 64
 
 
 def make_student(teacher: UNet2DConditionModel) -> UNet2DConditionModel:
-    """An untrained UNet a quarter as wide as the teacher, without its innermost level and middle."""
+    """An untrained UNet half as wide as the teacher, without its innermost level and middle."""
     config = teacher.config
     return UNet2DConditionModel(
         **{key: value for key, value in config.items() if not key.startswith("_")}

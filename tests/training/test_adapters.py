@@ -16,7 +16,7 @@ from training.evaluate import easy_scenes
 from training.lora import LoraTraining
 from training.saving import save_network
 from training.scenes import BACKGROUNDS, SIZE_PX, STYLES, draw_all, random_scenes
-from training.styles import share_in_style, style_of
+from training.styles import is_visible, share_in_style, style_of
 from training.text import make_t5_encoder
 from training.tokenizer import make_t5_tokenizer
 
@@ -84,3 +84,9 @@ def test_the_style_of_drawn_truth_is_told(style: str) -> None:
 def test_a_picture_without_its_thing_has_no_style() -> None:
     scene = easy_scenes(1)[0]
     assert style_of(np.full((SIZE_PX, SIZE_PX, 3), BACKGROUNDS[scene.background], np.uint8), scene) is None
+
+
+def test_every_style_shows_on_every_scene_but_a_shadow_on_black() -> None:
+    for scene in easy_scenes(60):
+        for style in STYLES[1:]:
+            assert is_visible(scene, style) == ((style, scene.background) != ("shadow", "black"))
