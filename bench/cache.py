@@ -17,13 +17,15 @@ from pathlib import Path
 from bench import report
 from simulator.report import Figures, Spread, summary
 from simulator.run import PRODUCTION_COMPRESSION, Settings, replay, workload
-from simulator.systems import SYSTEMS
+from simulator.systems import SCALED, SYSTEMS
 
 _LOADS = (1, 2, 4)
 """Multiples of the production load."""
 _PAPER = {"mean_s": "-49.8 %", "p99_s": "-12.8 %", "queue": "-82.9 %", "network_gb": "-89.5 %", "disk_gb": "-60.2 %"}
 """What SoCC'25 says of its whole against its production baseline."""
-_SHOWN = {
+Shown = Mapping[str, tuple[str, float, int]]
+"""By figure: its title, its unit, digits after the point."""
+_SHOWN: Shown = {
     "mean_s": ("mean, s", 1, 2),
     "p99_s": ("p99, s", 1, 1),
     "queue": ("waiting", 1, 2),
@@ -35,6 +37,17 @@ _SHOWN = {
     "hot_s": ("hot, s", 1, 1),
     "cold_s": ("cold, s", 1, 1),
 }
+_SHOWN_OF_SCALED: Shown = {
+    "mean_s": ("mean, s", 1, 2),
+    "p99_s": ("p99, s", 1, 1),
+    "queue": ("waiting", 1, 2),
+    "up_share": ("up, %", 0.01, 1),
+    "duty": ("duty, %", 0.01, 1),
+    "scale_outs": ("started", 1, 0),
+    "scale_out_s": ("scale-out, s", 1, 1),
+    "network_loads": ("fetched", 1, 0),
+}
+"""Of systems whose workers start and stop."""
 
 
 def run_seed(settings: Settings, systems: Sequence[str], seed: int) -> dict[str, Figures]:
@@ -59,17 +72,24 @@ def main() -> None:
             found = list(pool.map(partial(run_seed, settings, options.systems), seeds))
             runs = {system: [one[system] for one in found] for system in options.systems}
             results[f"{load}"] = runs
-            head = ("policy", *(title for title, _, _ in _SHOWN.values()))
-            rows = [[system, *_cells(summary(of_system))] for system, of_system in runs.items()]
             title = f"{load} x production load, {len(seeds)} seeds, {_trace_name(options.trace)}"
-            report.table(title, head, [*rows, *_claims(runs)])
+            _show(title, {name: of for name, of in runs.items() if name not in SCALED}, _SHOWN)
+            _show(
+                f"{title}; workers start and stop", {n: of for n, of in runs.items() if n in SCALED}, _SHOWN_OF_SCALED
+            )
     figures = {load: {name: list(map(asdict, of)) for name, of in runs.items()} for load, runs in results.items()}
     report.finish("cache", on, figures)
 
 
-def _cells(figures: Mapping[str, Spread]) -> list[str]:
+def _show(title: str, runs: Mapping[str, Sequence[Figures]], shown: Shown) -> None:
+    rows = [[system, *_cells(summary(of_system), shown)] for system, of_system in runs.items()]
+    if rows:
+        report.table(title, ("policy", *(name for name, _, _ in shown.values())), [*rows, *_claims(runs)])
+
+
+def _cells(figures: Mapping[str, Spread], shown: Shown) -> list[str]:
     cells = []
-    for key, (_, unit, digits) in _SHOWN.items():
+    for key, (_, unit, digits) in shown.items():
         found = figures[key]
         interval = f" ± {found.half / unit:.{digits}f}" if found.half else ""
         cells.append(f"{found.mean / unit:.{digits}f}{interval}")

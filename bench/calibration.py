@@ -1,8 +1,9 @@
 """Whether the simulator says what a live cluster does: the same requests on both, from costs measured beforehand.
 
 A cluster of two denoisers draws requests alone, which gives the cost of a request, of a step, and of more images in a
-step; its first draw of each model gives the loads. Then twelve models share room for four on each denoiser, live and
-simulated, under evictions by age and by worth. Mean and p95 latency, the share that found its model loaded, and the
+step; its first draw of each model gives the loads; two requests at a time, on both, tell how many cores the machine is
+worth, for stages that compute at once slow each other. Then twelve models share room for four on each denoiser, live
+and simulated, under evictions by age and by worth. Mean and p95 latency, the share that found its model loaded, and the
 loads should agree within 15 %; if they do not, this ends with status 1.
 
     python -m bench.calibration
@@ -63,6 +64,8 @@ class Costs:
     work: Work
     load_s: float
     """Of a model's part in a denoiser."""
+    core_count: float
+    """What two denoisers at work get done, in those of one alone: the cores that all stages share."""
 
 
 async def probe(config: ClusterConfig) -> Costs:
@@ -73,23 +76,43 @@ async def probe(config: ClusterConfig) -> Costs:
         await send(client, touches())
         load_s = statistics.median(loads(folder))
         seconds = {
-            (images, steps): await _median_s(client, steps, images)
+            (images, steps): await _median_s(client, steps, images, model_id(0))
             for images in (1, _PROBED_IMAGES)
             for steps in _PROBED_STEPS
         }
+        core_count = await _core_count(client)
     fixed_s, step_s = _line([seconds[1, steps] for steps in _PROBED_STEPS])
     _, step_of_many_s = _line([seconds[_PROBED_IMAGES, steps] for steps in _PROBED_STEPS])
     marginal = (step_of_many_s / step_s - 1) / (_PROBED_IMAGES - 1)
-    return Costs(Work(fixed_s=fixed_s, step_s=step_s, marginal=marginal), load_s)
+    return Costs(Work(fixed_s=fixed_s, step_s=step_s, marginal=marginal), load_s, core_count)
 
 
-async def _median_s(client: Client, steps: int, images: int) -> float:
+async def _core_count(client: Client) -> float:
+    """Draws with models that different replicas have, each alone and then both at once."""
+    homes: dict[str, str] = {}
+    for number in reversed(range(MODEL_COUNT)):  # those that were touched last are loaded
+        drawn = await client.draw(_probe_task(_PROBED_STEPS[-1], 0).drawing(model_id(number)))
+        (replica_id,) = [stage.replica_id for stage in drawn.stages if stage.stage == "denoiser"]
+        homes.setdefault(replica_id, model_id(number))
+        if len(homes) == _DENOISER_COUNT:
+            break
+    models = list(homes.values())
+    alone_s = [await _median_s(client, _PROBED_STEPS[-1], 1, model) for model in models]
+    both_s = await asyncio.gather(*(_median_s(client, _PROBED_STEPS[-1], 1, model) for model in models))
+    return len(models) * sum(alone_s) / sum(both_s)
+
+
+async def _median_s(client: Client, steps: int, images: int, model: str) -> float:
     times = []
-    for number, prompt in enumerate(distinct_prompts(_REPEATS, seed=100 * steps + images)):
-        task = Task(prompt=prompt, step_count=steps, guidance_scale=2.0, seed=number)
-        drawn = await client.draw(replace(task.drawing(model_id(0)), image_count=images))
-        times.append(drawn.total_s)
+    for number in range(_REPEATS):
+        drawing = replace(_probe_task(steps, number).drawing(model), image_count=images)
+        times.append((await client.draw(drawing)).total_s)
     return statistics.median(times[1:])
+
+
+def _probe_task(steps: int, number: int) -> Task:
+    (prompt,) = distinct_prompts(1, seed=1000 * steps + number)
+    return Task(prompt=prompt, step_count=steps, guidance_scale=2.0, seed=number)
 
 
 def _line(seconds: Sequence[float]) -> tuple[float, float]:
@@ -118,7 +141,9 @@ def _replay(
     loader = Loader(network_s=0.0, disk_s=costs.load_s, bus_s=0.0, attach_s=0.0, is_streaming=True, overlaps=True)
     names = tuple(map(model_id, range(MODEL_COUNT)))
     config = LiveConfig(loader=loader, work=costs.work, eviction=kind, model_bytes=model_bytes, model_names=names)
-    hardware = Hardware(worker_count=_DENOISER_COUNT, rooms=(float(ROOM_COUNT), 0.0, float(MODEL_COUNT)))
+    hardware = Hardware(
+        worker_count=_DENOISER_COUNT, rooms=(float(ROOM_COUNT), 0.0, float(MODEL_COUNT)), core_count=costs.core_count
+    )
     cluster = Cluster(Live(config), hardware, Sizes(0, spread=0.0), seed=0)
     jobs = sorted(cluster.replay(requests), key=lambda job: job.request.number)
     return cluster, [job.finish_s - job.request.arrival_s for job in jobs]
@@ -172,8 +197,8 @@ def show(figures: dict[str, Any]) -> bool:
 def main() -> None:
     """The bench."""
     parser = command_line("calibration", "Whether the simulator says what a live cluster does.")
-    parser.add_argument("--count", type=int, default=500, help="requests")
-    parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
+    parser.add_argument("--count", type=int, default=300, help="requests")
+    parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
     options = parser.parse_args()
     os.environ["DARKROOM_HOST_CACHE_BYTES"] = "0"  # what leaves a device comes back from disk
     on, before = machine(), read_load()

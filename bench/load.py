@@ -18,7 +18,7 @@ class LoadReading:
 
 
 def read_load() -> LoadReading:
-    """The load now. Between two readings no process of the bench may end."""
+    """The load now. What a process spent counts on once it has ended, if its parent lives and has waited for it."""
     times = psutil.cpu_times()
     busy_s = sum(times) - times.idle - times.iowait - times.guest - times.guest_nice  # guests are in user as well
     own = psutil.Process()
@@ -27,7 +27,7 @@ def read_load() -> LoadReading:
 
 def _spent_s(process: psutil.Process) -> float:
     times = process.cpu_times()
-    return times.user + times.system
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def other_cores(before: LoadReading, after: LoadReading) -> float:

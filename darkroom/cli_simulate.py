@@ -12,7 +12,7 @@ from rich.table import Table
 from simulator.cluster import Hardware
 from simulator.report import Figures, Series, summary, write_json
 from simulator.run import PRODUCTION_COMPRESSION, REQUEST_COUNT, Settings, replays
-from simulator.systems import ABLATIONS, ADDITIONS, BASELINES, LIMITS, OURS, SYSTEMS
+from simulator.systems import ABLATIONS, ADDITIONS, BASELINES, LIMITS, OURS, SCALED, SYSTEMS
 from simulator.workload import SHAPES
 
 _GROUPS = {
@@ -21,6 +21,7 @@ _GROUPS = {
     "ours": OURS,
     "ablations": {**ABLATIONS, **ADDITIONS},
     "limits": LIMITS,
+    "scaled": SCALED,
 }
 _SHOWN: Mapping[str, str] = {
     "mean_s": "mean, s",
@@ -32,6 +33,7 @@ _SHOWN: Mapping[str, str] = {
     "disk_gb": "disk, GB",
     "load_s": "load, s",
     "duty": "duty",
+    "scale_out_s": "scale-out, s",
 }
 _out = Console()
 

@@ -2,10 +2,12 @@
 
 workload   requests of a trace or of the generator, compressed and shaped
 costs      seconds and bytes: what components weigh, how fast each tier gives them, what a step takes
+fitting    seconds by tier, from the load times that the trace publishes
 clock      what happens when
 links      transfers that share bandwidth
 shelf      what a tier of a node holds
 worker     a node with one accelerator: its tiers, its queue, its loads
+fleet      how many workers are up, and where a new one starts
 cluster    workers, one way to route and one plan; replays a workload
 systems    ways to serve: Darkroom's policies, the baselines, the ablations, the limits
 report     figures of a replay, tables, plots

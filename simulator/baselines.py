@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from darkroom.policy.eviction import Evict, Resident, enough
 from simulator.cluster import Cluster
 from simulator.costs import PRODUCTION, Loader, Work
+from simulator.fleet import FleetConfig
 from simulator.worker import REMOTE, Job, Worker
 from simulator.workload import Request
 
@@ -20,8 +21,10 @@ class Baseline:
     work = Work()
     max_images = 0
 
-    def __init__(self, choose: Choose, order: Order, loader: Loader = PRODUCTION) -> None:
-        self.loader, self._choose, self._order = loader, choose, order
+    def __init__(
+        self, choose: Choose, order: Order, loader: Loader = PRODUCTION, *, fleet: FleetConfig | None = None
+    ) -> None:
+        self.loader, self._choose, self._order, self.fleet = loader, choose, order, fleet
         self.free_s: dict[int, float] = {}
         self.counts: dict[str, int] = {}
 
@@ -70,19 +73,19 @@ def least_loaded(system: Baseline, request: Request) -> Worker:
     """The worker that is free first, any of several."""
     del request
     now_s, rng = system.cluster.clock.now_s, system.cluster.rng
-    return min(system.cluster.workers, key=lambda w: (max(system.free_s[w.worker_id], now_s), rng.random()))
+    return min(system.cluster.up, key=lambda w: (max(system.free_s[w.worker_id], now_s), rng.random()))
 
 
 def any_worker(system: Baseline, request: Request) -> Worker:
     """Any worker."""
     del request
-    return system.cluster.rng.choice(system.cluster.workers)
+    return system.cluster.rng.choice(system.cluster.up)
 
 
 def locality(system: Baseline, request: Request) -> Worker:
     """The worker that would answer first, its load counted in, any of several."""
     rng = system.cluster.rng
-    return min(system.cluster.workers, key=lambda w: (system.finish_s(w, request), rng.random()))
+    return min(system.cluster.up, key=lambda w: (system.finish_s(w, request), rng.random()))
 
 
 def homes(system: Baseline, request: Request) -> Worker:

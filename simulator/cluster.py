@@ -9,6 +9,7 @@ from typing import Protocol
 from darkroom.policy.eviction import Evict
 from simulator.clock import Clock
 from simulator.costs import Loader, Sizes, Work
+from simulator.fleet import Fleet, FleetConfig
 from simulator.links import Link
 from simulator.worker import Job, Worker
 from simulator.workload import Request
@@ -23,6 +24,8 @@ class Hardware:
     """Of device, host and disk, in median bases: a device holds one of any size, the others 3 and 12 of the median."""
     store_share: float = 0.0
     """What the remote store gives all nodes together, in nodes' network cards; 0 without bound."""
+    core_count: float = 0.0
+    """CPU cores that all workers share, as a cluster on one machine does; 0 gives each an accelerator of its own."""
 
 
 class Service(Protocol):
@@ -31,6 +34,8 @@ class Service(Protocol):
     loader: Loader
     work: Work
     max_images: int
+    fleet: FleetConfig | None
+    """None keeps every worker up."""
 
     def evict(self, tier: int, worker_id: int) -> Evict:
         """What decides on a tier of a worker."""
@@ -54,9 +59,12 @@ class Cluster:
     def __init__(self, service: Service, hardware: Hardware, sizes: Sizes, *, seed: int) -> None:
         self.clock, self.hardware, self.sizes, self.rng = Clock(), hardware, sizes, random.Random(seed)
         self._service = service
-        loader = service.loader
+        self.fleet: Fleet | None = None
+        self.loader, self.work = service.loader, service.work
+        loader = self.loader
         is_bounded = hardware.store_share and loader.network_s
         store = Link("store", hardware.store_share / loader.network_s) if is_bounded else None
+        cores = Link("cores", hardware.core_count) if hardware.core_count else None
         self.jobs: list[Job] = []
         self.holders: list[Counter[str]] = [Counter(), Counter(), Counter()]
         """By tier: how many workers hold each component."""
@@ -71,12 +79,18 @@ class Cluster:
                 work=service.work,
                 sizes=sizes,
                 store=store,
+                cores=cores,
                 max_images=service.max_images,
                 finished=self._finished,
             )
             for worker_id in range(hardware.worker_count)
         ]
         service.begin(self)
+
+    @property
+    def up(self) -> list[Worker]:
+        """The workers that take requests, by id."""
+        return self.fleet.up if self.fleet else self.workers
 
     def _finished(self, job: Job) -> None:
         self.jobs.append(job)
@@ -85,6 +99,8 @@ class Cluster:
     def replay(self, requests: Sequence[Request]) -> list[Job]:
         """Runs all of them. Returns their jobs in the order in which they ended."""
         waiting = iter(requests)
+        if self._service.fleet:
+            self.fleet = Fleet(self, self._service.fleet, lambda: len(self.jobs) == len(requests))
 
         def arrive(request: Request | None) -> None:
             if request:

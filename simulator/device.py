@@ -1,11 +1,16 @@
-"""An accelerator at work: one request after the other, or all that are ready together, step by step."""
+"""An accelerator at work: one request after the other, or all that are ready together, step by step.
 
-from collections import deque
+Or none: stages that compute on the cores of one machine, where everybody slows everybody.
+"""
+
+from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
-from simulator.clock import Clock, Event
+from simulator.clock import Action, Clock, Event
 from simulator.costs import Work
+from simulator.links import Link, Transfer
 from simulator.workload import Request
 
 _EPSILON = 1e-9
@@ -17,6 +22,9 @@ class Task(Protocol):
     @property
     def request(self) -> Request:
         """Whose steps are run."""
+
+    finish_s: float
+    """When its answer is out."""
 
 
 T = TypeVar("T", bound=Task)
@@ -114,3 +122,55 @@ class Together(Generic[T]):
             del self._steps_left[task]
             self._finished(task, self._work.fixed_s)
         self._go_on()
+
+
+class InRounds(Generic[T]):
+    """As `Together`, on cores that others use too: a round is a step of each, and who comes joins the next one."""
+
+    def __init__(
+        self, clock: Clock, work: Work, started: Started[T], finished: Finished[T], *, max_images: int, cores: Link
+    ) -> None:
+        self._clock, self._work, self._started, self._finished = clock, work, started, finished
+        self._max_images, self._cores = max_images, cores
+        self._ready: deque[T] = deque()
+        self._steps_left: dict[T, int] = {}
+        self._is_running = False
+        self.busy_s = 0.0
+
+    def add(self, task: T) -> None:
+        """Runs it from the next round on, if there is room in the batch."""
+        self._ready.append(task)
+        if not self._is_running:
+            self._next_round()
+
+    def _next_round(self) -> None:
+        images: Counter[str] = Counter()
+        for task in self._steps_left:
+            images[task.request.base] += task.request.image_count
+        while self._ready and (not images or images.total() + self._ready[0].request.image_count <= self._max_images):
+            task = self._ready.popleft()
+            self._started(task)
+            self._steps_left[task] = task.request.step_count
+            images[task.request.base] += task.request.image_count
+        self._is_running = bool(images)
+        if images:
+            seconds = sum(self._work.round_s(count) for count in images.values())
+            self.busy_s += seconds
+            on_cores(self._clock, self._cores, seconds, self._end)
+
+    def _end(self) -> None:
+        for task in list(self._steps_left):
+            self._steps_left[task] -= 1
+            if not self._steps_left[task]:
+                del self._steps_left[task]
+                self._finished(task, self._work.fixed_s)
+                on_cores(self._clock, self._cores, self._work.fixed_s, partial(self._answer, task))
+        self._next_round()
+
+    def _answer(self, task: T) -> None:
+        task.finish_s = self._clock.now_s
+
+
+def on_cores(clock: Clock, cores: Link, seconds: float, done: Action) -> None:
+    """Work of so many seconds for one thread, on cores that others may be using: at most one of them is its own."""
+    Transfer(clock, (Link("thread", 1.0), cores), seconds, done)

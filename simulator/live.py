@@ -40,6 +40,8 @@ class LiveConfig:
 class Live:
     """The services' policies as they are wired there."""
 
+    fleet = None
+
     def __init__(self, config: LiveConfig) -> None:
         self.loader, self.work, self.max_images = config.loader, config.work, config.max_images
         self._config, self._assignments = config, Assignments()

@@ -13,6 +13,7 @@ from darkroom.policy.worth import Tier, Worth, WorthConfig
 from simulator.baselines import Future
 from simulator.cluster import Cluster
 from simulator.costs import DIRECT, Loader, Work
+from simulator.fleet import FleetConfig
 from simulator.habits import Habits
 from simulator.merging import Merging
 from simulator.worker import DEVICE, Job, Worker
@@ -42,6 +43,8 @@ class DarkroomConfig:
     """Brings warm models near by the hour of the day."""
     merges: bool = False
     """Keeps the most valuable pairs of base and LoRAs merged."""
+    fleet: FleetConfig | None = None
+    """None keeps every worker up."""
 
 
 class Darkroom:
@@ -49,6 +52,7 @@ class Darkroom:
 
     def __init__(self, config: DarkroomConfig, requests: Sequence[Request]) -> None:
         self.loader, self.work, self.max_images = config.loader, config.work, config.max_images
+        self.fleet = config.fleet
         self._config, self._left, self._future = config, len(requests), Future(requests)
         self._worth = Worth(Popularity(config.windows_s), config.loader, config.worth)
         self._free_s: dict[int, float] = {}
@@ -109,7 +113,7 @@ class Darkroom:
         self._worth.add(request.base, now_s, run_s)
         for lora in request.loras:
             self._worth.add(lora.lora_id, now_s, run_s)
-        placed = choose_replica([self._candidate(worker, request, run_s, now_s) for worker in self._cluster.workers])
+        placed = choose_replica([self._candidate(worker, request, run_s, now_s) for worker in self._cluster.up])
         assert placed is not None
         worker = self._cluster.workers[int(placed.replica_id)]
         self._free_s[worker.worker_id] = now_s + placed.finish_s
@@ -151,7 +155,7 @@ class Darkroom:
         if not self._left:
             return
         now_s = self._cluster.clock.now_s
-        nodes = [self._node(worker) for worker in self._cluster.workers]
+        nodes = [self._node(worker) for worker in self._cluster.up]
         for move in plan_moves(nodes, self._asked, self._worth, now_s, self._config.plan):
             self._cluster.workers[int(move.node_id)].prefetch(move.name, move.tier)
         if self._merging:

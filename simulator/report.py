@@ -48,7 +48,13 @@ class Figures:
     load_s: float
     """Mean time that a base took to come to a device: what a new replica takes to be warm."""
     duty: float
-    """Share of the devices' time spent on requests' steps, decoding and encoding."""
+    """Share of the devices' time, while they are up, spent on requests' steps, decoding and encoding."""
+    up_share: float
+    """Share of the workers that are up, on average."""
+    scale_outs: int
+    """Workers that were started and loaded a model."""
+    scale_out_s: float
+    """Mean time from the decision to start one until its first model was on the device; 0 where none was started."""
     hot_s: float
     """Mean latency of requests for the most popular 5 % of base models."""
     cold_s: float
@@ -65,6 +71,8 @@ def measure(cluster: Cluster, jobs: Sequence[Job]) -> Figures:
     disk = sum(worker.disk.moved for worker in cluster.workers if worker.disk)
     loads = [seconds for worker in cluster.workers for seconds in worker.load_seconds]
     hot, cold = _bands(jobs)
+    delays_s = cluster.fleet.delays_s if cluster.fleet else []
+    up_s = cluster.fleet.up_s if cluster.fleet else span_s * len(cluster.workers)
     return Figures(
         request_count=count,
         mean_s=statistics.fmean(latencies),
@@ -81,7 +89,10 @@ def measure(cluster: Cluster, jobs: Sequence[Job]) -> Figures:
         network_gb=gigabytes(network),
         disk_gb=gigabytes(disk + network),
         load_s=statistics.fmean(loads) if loads else 0.0,
-        duty=sum(worker.device.busy_s for worker in cluster.workers) / (span_s * len(cluster.workers)),
+        duty=sum(worker.device.busy_s for worker in cluster.workers) / up_s,
+        up_share=up_s / (span_s * len(cluster.workers)),
+        scale_outs=len(delays_s),
+        scale_out_s=_mean(delays_s),
         hot_s=_mean([job.finish_s - job.request.arrival_s for job in jobs if job.request.base in hot]),
         cold_s=_mean([job.finish_s - job.request.arrival_s for job in jobs if job.request.base in cold]),
     )

@@ -7,6 +7,7 @@ from darkroom.policy.prefetch import BanditConfig
 from simulator import baselines
 from simulator.cluster import Service
 from simulator.costs import FREE, PRODUCTION, Work
+from simulator.fleet import FleetConfig, anywhere, warmest
 from simulator.ours import Darkroom, DarkroomConfig
 from simulator.workload import Request
 
@@ -60,10 +61,22 @@ ADDITIONS: Mapping[str, Make] = {
 }
 """Darkroom with a part that is off, for it has not earned its place."""
 
+_ANY = FleetConfig(choose=anywhere, prepares=False)
+_AWARE = FleetConfig(choose=warmest, prepares=True)
+
+SCALED: Mapping[str, Make] = {
+    "lru-scaled": lambda _requests: baselines.Baseline(baselines.least_loaded, baselines.by_recency, fleet=_ANY),
+    "locality-scaled": lambda _requests: baselines.Baseline(baselines.locality, baselines.by_recency, fleet=_ANY),
+    "darkroom-scaled": _ours(replace(_OURS, fleet=_AWARE)),
+    "darkroom-scaled-anywhere": _ours(replace(_OURS, fleet=replace(_AWARE, choose=anywhere))),
+    "darkroom-scaled-unprepared": _ours(replace(_OURS, fleet=replace(_AWARE, prepares=False))),
+}
+"""Two workers at least, and as many more of all machines as the waiting work asks for, by one rule for all."""
+
 LIMITS: Mapping[str, Make] = {
     "all-warm": _ours(replace(_OURS, loader=FREE, plan_every_s=0.0, displaced_weight=0.0)),
     "knows-the-future": _ours(replace(_OURS, eviction="future")),
 }
 """What nobody can reach: no load ever costs anything; evictions know what comes."""
 
-SYSTEMS: Mapping[str, Make] = {**BASELINES, **OURS, **ABLATIONS, **ADDITIONS, **LIMITS}
+SYSTEMS: Mapping[str, Make] = {**BASELINES, **OURS, **ABLATIONS, **ADDITIONS, **SCALED, **LIMITS}

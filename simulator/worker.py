@@ -12,7 +12,7 @@ from functools import partial
 from darkroom.policy.eviction import Evict
 from simulator.clock import Action, Clock
 from simulator.costs import Loader, Sizes, Work
-from simulator.device import OneByOne, Together
+from simulator.device import InRounds, OneByOne, Together, on_cores
 from simulator.links import Link, Transfer
 from simulator.shelf import Item, Shelf
 from simulator.workload import LoraUse, Request
@@ -59,19 +59,25 @@ class Worker:
         work: Work,
         sizes: Sizes,
         store: Link | None,
+        cores: Link | None,
         max_images: int,
         finished: Callable[[Job], None],
     ) -> None:
-        """`rooms`, `evicts`, `holders`: of device, host and disk. `store`: the link by which all nodes fetch."""
+        """`rooms`, `evicts`, `holders`: of device, host and disk. `store`: the link by which all nodes fetch.
+
+        `cores`: what computes where there are no accelerators, loads from disk included; then requests run together.
+        """
         self.worker_id, self._clock, self._loader, self._work, self._sizes = worker_id, clock, loader, work, sizes
         self.shelves = [Shelf(*shelf) for shelf in zip(rooms, evicts, holders, strict=True)]
         self.network, self.disk, self.bus = (
             Link(name, 1 / seconds) if seconds else None
             for name, seconds in (("network", loader.network_s), ("disk", loader.disk_s), ("bus", loader.bus_s))
         )
-        self._store, self._finished = store, finished
+        self._store, self._cores, self._finished = store, cores, finished
         self.load_counts = [0, 0, 0, 0]
         self.load_seconds: list[float] = []
+        self.on_warm: Action | None = None
+        """Called once, when the next model is on the device."""
         self.jobs: dict[Job, None] = {}
         """Those that are not finished."""
         self._loads: dict[str, _Load] = {}
@@ -80,11 +86,15 @@ class Worker:
         self._attached: dict[str, tuple[LoraUse, ...]] = {}
         self._turns: deque[Job] = deque()
         self._has_turn: Job | None = None
-        self.device: Together[Job] | OneByOne[Job] = (
-            Together(clock, work, self._started, self._ended, max_images=max_images)
-            if max_images
-            else OneByOne(clock, work, self._started, self._ended)
-        )
+        self.device = self._accelerator(max_images)
+
+    def _accelerator(self, max_images: int) -> Together[Job] | OneByOne[Job] | InRounds[Job]:
+        clock, work, started, ended = self._clock, self._work, self._started, self._ended
+        if self._cores:
+            return InRounds(clock, work, started, ended, max_images=max_images, cores=self._cores)
+        if max_images:
+            return Together(clock, work, started, ended, max_images=max_images)
+        return OneByOne(clock, work, started, ended)
 
     def tier_of(self, name: str) -> int:
         """The nearest tier that holds a component."""
@@ -134,6 +144,14 @@ class Worker:
     def _came(self, name: str, size: float, tier: int) -> None:
         self._coming.discard(name)
         self.shelves[tier].put(name, size, self._clock.now_s)
+
+    def stop(self) -> None:
+        """Its process ends, idle: memory is lost, the disk stays."""
+        for shelf in self.shelves[:DISK]:
+            for name in list(shelf.items):
+                shelf.drop(name)
+        self._attached.clear()
+        self.on_warm = None
 
     # In turns: each request loads what it needs, then runs.
 
@@ -242,6 +260,9 @@ class Worker:
         del self._loads[load.name]
         self.load_seconds.append(self._clock.now_s - load.since_s)
         item.use_count -= 1
+        if self.on_warm:
+            warm, self.on_warm = self.on_warm, None
+            warm()
         for job in load.jobs:
             self._use(job, load.name)
             if self._loader.overlaps:
@@ -253,6 +274,8 @@ class Worker:
     def _move(self, link: Link | None, size: float, done: Action) -> None:
         if link is None:
             self._clock.after(0.0, done)
+        elif self._cores and link is self.disk:
+            on_cores(self._clock, self._cores, size / link.rate, done)
         else:
             links = (link, self._store) if self._store and link is self.network else (link,)
             Transfer(self._clock, links, size, done)

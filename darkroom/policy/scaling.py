@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from darkroom.policy.worth import LoadTimes, Tier
+
+_NONE: Mapping[str, Tier] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +30,18 @@ class Site:
     reason: str
 
 
-def sites(hosts: Sequence[Host], size_bytes: float, times: LoadTimes, start_s: float) -> list[Site]:
+def sites(
+    hosts: Sequence[Host],
+    size_bytes: float,
+    times: LoadTimes,
+    start_s: float,
+    *,
+    spare: Mapping[str, Tier] = _NONE,
+) -> list[Site]:
     """Every replica without the model on its device, and a new replica on every machine: the soonest warm first.
 
-    `start_s`: until a new process serves. It shares its machine's disk, and nobody's memory.
+    `start_s`: until a new process serves. It shares its machine's disk, and nobody's memory. `spare`: machines that
+    have no replica, and where the model is there.
     """
     found = [
         Site(
@@ -42,7 +53,7 @@ def sites(hosts: Sequence[Host], size_bytes: float, times: LoadTimes, start_s: f
         for host in hosts
         if host.tier is not Tier.DEVICE
     ]
-    for machine, tier in sorted(_disks(hosts).items()):
+    for machine, tier in sorted({**spare, **_disks(hosts)}.items()):
         warm_s = start_s + size_bytes * times.saved_s(tier, Tier.DEVICE)
         found.append(Site(machine=machine, replica_id=None, warm_s=warm_s, reason=f"to be started; {_named(tier)}"))
     return sorted(found, key=lambda site: (site.warm_s, site.machine, site.replica_id or ""))

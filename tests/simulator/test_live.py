@@ -37,6 +37,15 @@ def test_a_request_alone_takes_its_load_its_steps_and_the_rest(eviction: Kind) -
     assert [job.finish_s - job.request.arrival_s for job in jobs] == pytest.approx([2.0 + 0.5 + 0.1, 0.5 + 0.1])
 
 
+def test_loads_and_steps_share_the_cores_of_the_machine() -> None:
+    config = LiveConfig(loader=LOADER, work=Work(fixed_s=0.1, step_s=0.05), model_bytes=10**9, model_names=NAMES)
+    hardware = Hardware(worker_count=2, rooms=(1.0, 0.0, 100.0), core_count=1.0)
+    cluster = Cluster(Live(config), hardware, Sizes(0, spread=0.0), seed=0)
+    _, warm, cold = cluster.replay([request(0, 0.0, "m0"), request(1, 10.0, "m0"), request(2, 10.0, "m1")])
+    assert warm.finish_s == pytest.approx(10.0 + 2 * 0.6, abs=1e-3)  # half of the core: the other half loads
+    assert cold.finish_s == pytest.approx(10.0 + 2.6 + 0.6, abs=1e-3)
+
+
 def test_requests_go_where_their_model_is() -> None:
     jobs = serve([request(n, 10.0 * n, NAMES[n % 2]) for n in range(12)], "worth", workers=2, room=1.0)
     assert len({(job.request.base, job.worker_id) for job in jobs}) == 2

@@ -13,7 +13,7 @@ from darkroom.policy.eviction import least_recent
 from darkroom.policy.popularity import gini
 from simulator.clock import Clock
 from simulator.costs import Sizes, Work
-from simulator.device import OneByOne, Together
+from simulator.device import InRounds, OneByOne, Together
 from simulator.generator import generate
 from simulator.links import Link, Transfer
 from simulator.shelf import Shelf
@@ -112,6 +112,39 @@ def test_together_other_bases_share_the_time_but_no_batch() -> None:
 def test_a_full_batch_makes_others_wait() -> None:
     ends = finish_times(Together, [(0.0, request(0, images=2)), (0.0, request(1, images=2))], max_images=2)
     assert ends == pytest.approx({0: 2.5, 1: 4.0})
+
+
+def answers(core_count: float, tasks: list[tuple[float, Request]], *, replicas: int = 1) -> list[float]:
+    """When each request was answered by replicas that take turns and share cores."""
+    clock, cores, work = Clock(), Link("cores", core_count), Work(fixed_s=1.0, step_s=0.1, marginal=0.5)
+
+    def done(job: Job, seconds: float) -> None:
+        job.finish_s = clock.now_s + seconds
+
+    devices = [InRounds[Job](clock, work, lambda _: None, done, max_images=4, cores=cores) for _ in range(replicas)]
+    jobs = [Job(asked, 0, 0) for _, asked in tasks]
+    for number, (job, (at_s, _)) in enumerate(zip(jobs, tasks, strict=True)):
+        clock.at(at_s, partial(devices[number % replicas].add, job))
+    clock.run()
+    return [job.finish_s for job in jobs]
+
+
+def test_in_rounds_a_newcomer_joins_the_next_one() -> None:
+    found = answers(1.0, [(0.0, request(0)), (0.55, request(1))])
+    # six steps alone, four shared at 0.15 s; then on one core the newcomer's last six beside what follows the first's
+    assert found == pytest.approx([1.2 + 1.2 + 0.8, 1.2 + 1.2 + 0.8 + 0.6], abs=1e-3)
+
+
+def test_replicas_with_a_core_each_do_not_slow_each_other_and_those_with_one_together_do() -> None:
+    tasks = [(0.0, request(0)), (0.0, request(1))]
+    assert answers(2.0, tasks, replicas=2) == pytest.approx([2.0, 2.0], abs=1e-3)
+    assert answers(1.0, tasks, replicas=2) == pytest.approx([4.0, 4.0], abs=1e-3)
+    assert answers(8.0, tasks[:1]) == pytest.approx([2.0], abs=1e-3)  # a thread has one core at most
+
+
+def test_in_rounds_a_full_batch_makes_others_wait() -> None:
+    found = answers(9.0, [(0.0, request(0, images=4)), (0.0, request(1, images=4))])
+    assert found == pytest.approx([2.5 + 1.0, 5.0 + 1.0], abs=1e-3)
 
 
 def test_sizes_depend_on_seed_and_name_alone_and_spread_as_the_trace_says() -> None:
