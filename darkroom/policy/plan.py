@@ -31,7 +31,10 @@ class Node:
 
     def tier_of(self, name: str) -> Tier:
         """The nearest that holds a model."""
-        return next((tier for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK) if name in self.held[tier]), Tier.REMOTE)
+        for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK):  # a loop: a plan asks this more often than anything else
+            if name in self.held[tier]:
+                return tier
+        return Tier.REMOTE
 
     def may_take(self, name: str, tier: Tier) -> bool:
         """Whether a model could move to a tier now, from the next one."""

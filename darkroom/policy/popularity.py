@@ -34,27 +34,35 @@ class Popularity:
         self._windows_s = tuple(windows_s)
         self._counts: dict[str, list[float]] = {}
         self._noted_s: dict[str, float] = {}
+        self._rates: dict[str, tuple[float, float]] = {}
+        """When each rate was asked for last, and what it was: a plan asks for each many times."""
 
     def add(self, name: str, now_s: float, count: float = 1.0) -> None:
         """Notes requests for a thing."""
         decayed = self._decayed(name, now_s)
         self._counts[name] = [value + count for value in decayed]
         self._noted_s[name] = now_s
+        self._rates.pop(name, None)
 
     def rate(self, name: str, now_s: float) -> float:
         """Requests per second, expected from now on."""
+        known = self._rates.get(name)
+        if known and known[0] == now_s:
+            return known[1]
         counts = self._counts.get(name)
         if counts is None:
             return 0.0
         passed_s, rate = max(now_s - self._noted_s[name], 0.0), 0.0
         for count, window_s in zip(counts, self._windows_s, strict=True):
             rate += count * math.exp(-passed_s / window_s) / window_s
+        self._rates[name] = (now_s, rate / len(counts))
         return rate / len(counts)
 
     def rates(self, now_s: float) -> dict[str, float]:
         """Of everything that was asked for, by name; what has faded away is forgotten."""
         for name in [n for n in self._counts if self._decayed(n, now_s)[-1] < _FORGOTTEN]:
             del self._counts[name], self._noted_s[name]
+            self._rates.pop(name, None)
         return {name: self.rate(name, now_s) for name in sorted(self._counts)}
 
     def counts(self, now_s: float) -> dict[str, tuple[float, ...]]:

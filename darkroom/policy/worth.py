@@ -117,5 +117,6 @@ class Worth:
         """The same of a model that is asked for so often, by requests of so many seconds."""
         rate *= self._config.burst
         busy = rate * run_s
-        missed = blocked_share(others, busy) - blocked_share(others + 1, busy)
+        blocked = blocked_share(others, busy)
+        missed = blocked - busy * blocked / (others + 1 + busy * blocked)  # Erlang's B of one server more
         return reuse_probability(rate * missed, self._config.horizons_s[tier])
