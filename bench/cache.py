@@ -20,7 +20,6 @@ from simulator.run import PRODUCTION_COMPRESSION, Settings, replay, workload
 from simulator.systems import SCALED, SYSTEMS
 
 _LOADS = (1, 2, 4)
-"""Multiples of the production load."""
 _PAPER = {"mean_s": "-49.8 %", "p99_s": "-12.8 %", "queue": "-82.9 %", "network_gb": "-89.5 %", "disk_gb": "-60.2 %"}
 """What SoCC'25 says of its whole against its production baseline."""
 Shown = Mapping[str, tuple[str, float, int]]
@@ -59,7 +58,7 @@ def run_seed(settings: Settings, systems: Sequence[str], seed: int) -> dict[str,
 def main() -> None:
     """Prints a table per load."""
     options = _options()
-    seeds, loads = (range(1), (1,)) if options.quick else (range(options.seeds), _LOADS)
+    seeds, loads = (range(1), [1]) if options.quick else (range(options.seeds), options.loads)
     on = report.machine()
     results: dict[str, dict[str, list[Figures]]] = {}
     with ProcessPoolExecutor(options.processes) as pool:
@@ -114,6 +113,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--trace", type=Path, help="GenTD26's requests, CSV, plain or gzipped")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=1, help="seeds at once")
+    parser.add_argument("--loads", nargs="+", type=int, default=list(_LOADS), help="multiples of the production load")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     return parser.parse_args()
 

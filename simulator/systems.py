@@ -58,8 +58,9 @@ ABLATIONS: Mapping[str, Make] = {
 ADDITIONS: Mapping[str, Make] = {
     "with-hours": _ours(replace(_OURS, bandit=BanditConfig(slot_s=900.0))),
     "with-merged-pairs": _ours(replace(_OURS, merges=True)),
+    "with-plans-every-5-s": _ours(replace(_OURS, plan_every_s=5.0)),
 }
-"""Darkroom with a part that is off, for it has not earned its place."""
+"""Darkroom with a part that is off, for it has not earned its place; and with plans as often as its services make."""
 
 _ANY = FleetConfig(choose=anywhere, prepares=False)
 _AWARE = FleetConfig(choose=warmest, prepares=True)

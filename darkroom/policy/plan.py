@@ -6,7 +6,7 @@ than it costs by a margin, or two models would push each other out for ever.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from darkroom.policy.worth import Tier, Worth
 
@@ -110,10 +110,13 @@ class _Round:
     worth: Worth
     now_s: float
     config: PlanConfig
+    values: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """By node: value per byte and bytes of what may leave, the least valuable first."""
 
     def ranked(self, sizes: Mapping[str, float]) -> list[tuple[str, float]]:
         """Names and sizes of those that may gain enough by one more copy, the most first."""
-        most_s = {name: size * self._saved_s(name, Tier(self.tier + 1)) for name, size in sizes.items()}
+        most_s_per_byte = self.worth.times.saved_s(Tier(self.tier + 1), self.tier)
+        most_s = {name: size * self._missed(name) * most_s_per_byte for name, size in sizes.items()}
         enough = [name for name, saved_s in most_s.items() if saved_s > self.config.least_gains_s[self.tier]]
         enough.sort(key=lambda name: (-most_s[name], name))
         return [(name, sizes[name]) for name in enough[: self.config.most_moves]]
@@ -129,8 +132,11 @@ class _Round:
 
     def _saved_s(self, name: str, source: Tier) -> float:
         """Per byte, by one more copy."""
-        missed = self.worth.missed_share(name, self.tier, self.counts[name], self.now_s)
-        return missed * self.worth.times.saved_s(source, self.tier)
+        return self._missed(name) * self.worth.times.saved_s(source, self.tier)
+
+    def _missed(self, name: str) -> float:
+        """Share of requests that one more copy would spare a load."""
+        return self.worth.missed_share(name, self.tier, self.counts[name], self.now_s)
 
     def _displaced_s(self, node: Node, size_bytes: float) -> float | None:
         """What the least valuable models that must go are worth; None if what is in use leaves no room."""
@@ -139,9 +145,11 @@ class _Round:
         if needed <= 0:
             return 0.0
         lost_s = 0.0
-        for value_per_byte, size in sorted(
-            (self._value_per_byte(node, name), size) for name, size in held.items() if name not in node.busy_names
-        ):
+        if node.node_id not in self.values:
+            self.values[node.node_id] = sorted(
+                (self._value_per_byte(node, name), size) for name, size in held.items() if name not in node.busy_names
+            )
+        for value_per_byte, size in self.values[node.node_id]:
             lost_s += value_per_byte * size
             needed -= size
             if needed <= 0:
