@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
     options = parser.parse_args()
     os.environ["DARKROOM_HOST_CACHE_BYTES"] = "0"  # what leaves a device comes back from disk
-    os.environ["DARKROOM_PLAN_INTERVAL_S"] = str(_NEVER_S)  # plans bring copies, of which `simulator.live` knows nothing
+    os.environ["DARKROOM_PLAN_INTERVAL_S"] = str(_NEVER_S)  # `simulator.live` knows no plans
     on, before = machine(), read_load()
     with tempfile.TemporaryDirectory(prefix="darkroom-") as folder:
         figures = asyncio.run(measure(options, Path(folder)))
