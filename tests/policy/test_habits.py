@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darkroom.policy.cacheplan import NO_PLAN, CachePlan, Order
@@ -214,6 +214,7 @@ def test_orders_say_why() -> None:
 NAMES = st.lists(st.sampled_from(MODELS), unique=True, max_size=3)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     held=st.lists(
         st.tuples(st.booleans(), NAMES, NAMES, st.lists(st.sampled_from(MODELS), unique=True)), min_size=1, max_size=6

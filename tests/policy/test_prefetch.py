@@ -10,6 +10,7 @@ def test_every_arm_is_tried_and_then_those_that_paid() -> None:
     bandit = HourBandit(BanditConfig(exploration_s=0.5, most_plays=2))
     slot = bandit.slot(3 * 3600.0 + 24 * 3600.0)
     assert slot == 3
+    assert bandit.choose(STAKES, slot) == ["a", "b"]
     for _ in range(40):
         for name in bandit.choose(STAKES, slot):
             bandit.reward(name, slot, saved_s=5.0 if name == "c" else 0.0, moved_s=6.0)
