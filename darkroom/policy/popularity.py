@@ -43,13 +43,13 @@ class Popularity:
 
     def rate(self, name: str, now_s: float) -> float:
         """Requests per second, expected from now on."""
-        counts = self._counts.get(name)
-        if counts is None:
-            return 0.0
-        passed_s, rate = max(now_s - self._noted_s[name], 0.0), 0.0
-        for count, window_s in zip(counts, self._windows_s, strict=True):
-            rate += count * math.exp(-passed_s / window_s) / window_s
-        return rate / len(counts)
+        rates = self._window_rates(name, now_s)
+        return sum(rates) / len(rates)
+
+    def recent_rate(self, name: str, now_s: float) -> float:
+        """The same, or the last minutes' where that is less: what is over counts for nothing, a burst for no more."""
+        rates = self._window_rates(name, now_s)
+        return min(rates[0], sum(rates) / len(rates))
 
     def rates(self, now_s: float) -> dict[str, float]:
         """Of everything that was asked for, by name; what has faded away is forgotten."""
@@ -76,6 +76,9 @@ class Popularity:
             name: Band.HOT if place < hot else Band.WARM if place < warm else Band.COLD
             for place, name in enumerate(ranked)
         }
+
+    def _window_rates(self, name: str, now_s: float) -> list[float]:
+        return [count / window_s for count, window_s in zip(self._decayed(name, now_s), self._windows_s, strict=True)]
 
     def _decayed(self, name: str, now_s: float) -> list[float]:
         counts = self._counts.get(name)
