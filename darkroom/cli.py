@@ -23,6 +23,7 @@ from darkroom.cli_options import (
     DeviceBudget,
     EvictionOption,
     HostCache,
+    HourPrefetch,
     Pool,
     StoreCache,
     StoreCacheSize,
@@ -78,6 +79,7 @@ def up(  # noqa: PLR0917 - a command's options
     store_cache: StoreCache = None,
     store_cache_bytes: StoreCacheSize = None,
     eviction: EvictionOption = None,
+    hour_prefetch: HourPrefetch = None,
     logs: Annotated[
         Path | None, typer.Option(help="Folder for the processes' logs. Default: one that goes with the cluster.")
     ] = None,
@@ -102,6 +104,7 @@ def up(  # noqa: PLR0917 - a command's options
         store_cache=store_cache,
         store_cache_bytes=store_cache_bytes,
         eviction=eviction,
+        hour_prefetch=hour_prefetch,
         log_folder=logs,
     )
     run_command(_up(config))

@@ -35,6 +35,15 @@ StoreCache = Annotated[
 ]
 EvictionOption = Annotated[EvictionKind | None, typer.Option(help="What leaves first.", rich_help_panel=_TIERS)]
 
+HourPrefetch = Annotated[
+    bool | None,
+    typer.Option(
+        "--hour-prefetch/--no-hour-prefetch",
+        help="Whether the cache manager brings models near by the hour of the day. Default: no.",
+        rich_help_panel=_TIERS,
+    ),
+]
+
 
 class UsageError(Exception):
     """The command cannot be carried out as it was given; the message says why."""

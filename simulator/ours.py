@@ -14,7 +14,7 @@ from simulator.baselines import Future
 from simulator.cluster import Cluster
 from simulator.costs import DIRECT, Loader, Work
 from simulator.fleet import FleetConfig
-from simulator.habits import Habits
+from simulator.habits import Hours
 from simulator.merging import Merging
 from simulator.worker import DEVICE, Job, Worker
 from simulator.workload import Request
@@ -57,7 +57,7 @@ class Darkroom:
         self._worth = Worth(Popularity(config.windows_s), config.loader, config.worth)
         self._free_s: dict[int, float] = {}
         self._asked: dict[str, float] = {}
-        self._habits: Habits | None = None
+        self._habits: Hours | None = None
         self._merging: Merging | None = None
 
     def begin(self, cluster: Cluster) -> None:
@@ -67,7 +67,7 @@ class Darkroom:
         if self._config.plan_every_s:
             cluster.clock.after(self._config.plan_every_s, self._plan)
         if self._config.bandit:
-            self._habits = Habits(self._config.bandit, cluster, self._worth)
+            self._habits = Hours(self._config.bandit, cluster, self._worth)
             cluster.clock.after(self._config.bandit.slot_s, self._next_slot)
         if self._config.merges:
             self._merging = Merging(self.loader, lora_s=0.0)

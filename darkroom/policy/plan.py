@@ -5,8 +5,8 @@ than it costs by a margin, or two models would push each other out for ever.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from darkroom.policy.worth import Tier, Worth
 
@@ -89,6 +89,22 @@ def plan_moves(
                 taken.add(best.node_id)
                 moves.append(best)
     return moves
+
+
+def nearer(
+    nodes: Sequence[Node], sizes: Mapping[str, float], worth: Worth, now_s: float, config: PlanConfig
+) -> Iterator[Move]:
+    """Every way to bring one of `sizes` one tier nearer than it is anywhere, that gains more than it pushes out.
+
+    However little it gains: whoever asks has a reason of their own to bring it.
+    """
+    config = replace(config, least_gains_s=(0.0, 0.0, 0.0))
+    for tier in (Tier.DEVICE, Tier.HOST, Tier.DISK):
+        round_ = _Round(tier, Counter(name for node in nodes for name in node.held[tier]), worth, now_s, config)
+        for name, size_bytes in sizes.items():
+            if min((node.tier_of(name) for node in nodes), default=Tier.DEVICE) > tier:
+                free = [node for node in nodes if node.may_take(name, tier)]
+                yield from (move for node in free if (move := round_.move(node, name, size_bytes)))
 
 
 def is_still_worth(

@@ -29,6 +29,8 @@ class CacheReplica:
     """What each of them holds: bytes by model."""
     evicts: bool = True
     """Whether models leave its device to make room."""
+    is_one_memory: bool = False
+    """Whether device and host are one: what it holds on disk counts as held by its host then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,13 @@ class Situation:
     def at(self, stage: str) -> list[CacheReplica]:
         """The stage's replicas."""
         return [replica for replica in self.replicas if replica.stage == stage]
+
+    def nodes(self, stage: str, plan: CachePlan) -> list[Node]:
+        """They as nodes, with what a plan brings to them counted in."""
+        return [
+            node_of(replica, self.sizes[stage], orders=plan.orders, releases=plan.releases, pinned=plan.pinned)
+            for replica in self.at(stage)
+        ]
 
 
 def make_plan(situation: Situation, now_s: float, config: Planned) -> CachePlan:
@@ -244,26 +253,45 @@ class _Drawing:
 
     def _node(self, replica: CacheReplica, *, is_planning: bool = False) -> Node:
         """With what is on its way counted in, while planning: or two plans would bring one model to two replicas."""
-        own = [order for (replica_id, _), order in self.orders.items() if replica_id == replica.replica_id]
-        coming = [order for order in own if is_planning and not order.is_done]
-        held = list(replica.held)
-        for order in coming:
-            size = self._situation.sizes[replica.stage][order.model_id]
-            held[order.tier] = {**held[order.tier], order.model_id: size}
-        kept = {pin.model_id for pin in self.pinned if pin.replica_id == replica.replica_id}
-        released = {model_id for replica_id, model_id in self.releases if replica_id == replica.replica_id}
-        return Node(
-            node_id=replica.replica_id,
-            is_idle=replica.is_idle,
-            is_loading=bool(coming),
-            rooms=replica.rooms,
-            held=tuple(held),
-            busy_names=frozenset(kept if replica.evicts else (*kept, *held[Tier.DEVICE])),
-            barred_names=frozenset(released | {order.model_id for order in own}),
+        return node_of(
+            replica,
+            self._situation.sizes[replica.stage],
+            orders=self.orders.values(),
+            releases=self.releases.values(),
+            pinned=self.pinned,
+            is_planning=is_planning,
         )
 
     def _has(self, replica: CacheReplica, model_id: str) -> bool:
         return model_id in replica.held[Tier.DEVICE] or (replica.replica_id, model_id) in self.orders
+
+
+def node_of(
+    replica: CacheReplica,
+    sizes: Mapping[str, float],
+    *,
+    orders: Iterable[Order],
+    releases: Iterable[Release],
+    pinned: Iterable[Pinned],
+    is_planning: bool = True,
+) -> Node:
+    """A replica as a node. `is_planning` counts in what is on its way there."""
+    own = [order for order in orders if order.replica_id == replica.replica_id]
+    coming = [order for order in own if is_planning and not order.is_done]
+    held = list(replica.held)
+    for order in coming:
+        held[order.tier] = {**held[order.tier], order.model_id: sizes[order.model_id]}
+    kept = {pin.model_id for pin in pinned if pin.replica_id == replica.replica_id}
+    released = {release.model_id for release in releases if release.replica_id == replica.replica_id}
+    return Node(
+        node_id=replica.replica_id,
+        is_idle=replica.is_idle,
+        is_loading=bool(coming),
+        rooms=replica.rooms,
+        held=tuple(held),
+        busy_names=frozenset(kept if replica.evicts else (*kept, *held[Tier.DEVICE])),
+        barred_names=frozenset(released | {order.model_id for order in own}),
+    )
 
 
 def outlooks(situation: Situation, now_s: float, most: int) -> Iterable[Outlook]:

@@ -34,35 +34,29 @@ class Popularity:
         self._windows_s = tuple(windows_s)
         self._counts: dict[str, list[float]] = {}
         self._noted_s: dict[str, float] = {}
-        self._rates: dict[str, tuple[float, float]] = {}
-        """When each rate was asked for last, and what it was: a plan asks for each many times."""
+        self._known: dict[str, tuple[float, tuple[float, float]]] = {}
+        """When each was asked about last, and the answer: a plan asks for each many times."""
 
     def add(self, name: str, now_s: float, count: float = 1.0) -> None:
         """Notes requests for a thing."""
         decayed = self._decayed(name, now_s)
         self._counts[name] = [value + count for value in decayed]
         self._noted_s[name] = now_s
-        self._rates.pop(name, None)
+        self._known.pop(name, None)
 
     def rate(self, name: str, now_s: float) -> float:
         """Requests per second, expected from now on."""
-        known = self._rates.get(name)
-        if known and known[0] == now_s:
-            return known[1]
-        counts = self._counts.get(name)
-        if counts is None:
-            return 0.0
-        passed_s, rate = max(now_s - self._noted_s[name], 0.0), 0.0
-        for count, window_s in zip(counts, self._windows_s, strict=True):
-            rate += count * math.exp(-passed_s / window_s) / window_s
-        self._rates[name] = (now_s, rate / len(counts))
-        return rate / len(counts)
+        return self._rates_now(name, now_s)[0]
+
+    def recent_rate(self, name: str, now_s: float) -> float:
+        """The same, or the last minutes' where that is less: what is over counts for nothing, a burst for no more."""
+        return self._rates_now(name, now_s)[1]
 
     def rates(self, now_s: float) -> dict[str, float]:
         """Of everything that was asked for, by name; what has faded away is forgotten."""
         for name in [n for n in self._counts if self._decayed(n, now_s)[-1] < _FORGOTTEN]:
             del self._counts[name], self._noted_s[name]
-            self._rates.pop(name, None)
+            self._known.pop(name, None)
         return {name: self.rate(name, now_s) for name in sorted(self._counts)}
 
     def counts(self, now_s: float) -> dict[str, tuple[float, ...]]:
@@ -84,6 +78,18 @@ class Popularity:
             name: Band.HOT if place < hot else Band.WARM if place < warm else Band.COLD
             for place, name in enumerate(ranked)
         }
+
+    def _rates_now(self, name: str, now_s: float) -> tuple[float, float]:
+        """`rate` and `recent_rate`."""
+        if name not in self._counts:
+            return 0.0, 0.0
+        known = self._known.get(name)
+        if known is None or known[0] != now_s:
+            counts = zip(self._decayed(name, now_s), self._windows_s, strict=True)
+            rates = [count / window_s for count, window_s in counts]
+            mean = sum(rates) / len(rates)
+            known = self._known[name] = (now_s, (mean, min(rates[0], mean)))
+        return known[1]
 
     def _decayed(self, name: str, now_s: float) -> list[float]:
         counts = self._counts.get(name)

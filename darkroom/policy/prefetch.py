@@ -8,8 +8,11 @@ the choice is UCB1 over the last plays of each arm (Auer et al. 2002; sliding wi
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+Arms = Mapping[tuple[str, int], Sequence[float]]
+"""Rewards of the last plays, by model and slot of the day; the arm that was played last comes last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,35 +26,56 @@ class BanditConfig:
     """Plays of an arm that count: a week."""
     exploration_s: float = 2.0
     """Seconds that an arm played once among many might be worth more than it showed."""
+    exploration_share: float | None = None
+    """The same as a share of what a play may save, in its place: where models take from a tenth of a second to minutes
+    to load, one number of seconds plays the small for ever and the large once. At no more than `price`, a window of
+    plays in vain ends them."""
     price: float = 0.1
     """What moving costs others, as a share of the time that it takes."""
+    most_plays: int = 8
+    """Of one slot."""
 
 
 class HourBandit:
     """Arms: models by slot of the day."""
 
-    def __init__(self, config: BanditConfig) -> None:
+    def __init__(self, config: BanditConfig, arms: Arms | None = None) -> None:
+        """`arms`: what another has learned."""
         self.config = config
-        self._rewards: dict[tuple[str, int], deque[float]] = {}
+        self._rewards = {arm: deque(rewards, maxlen=config.window) for arm, rewards in (arms or {}).items()}
 
     def slot(self, now_s: float) -> int:
         """The slot of the day."""
         return int(now_s / self.config.slot_s) % self.config.slot_count
 
-    def choose(self, names: Iterable[str], slot: int, count: int) -> list[str]:
-        """At most `count` models worth bringing near in the slot, the best first; one never tried there comes first."""
+    def choose(self, stakes: Mapping[str, float], slot: int) -> list[str]:
+        """The models worth bringing near in the slot, the best first; one never tried there comes first.
+
+        `stakes`: seconds that a play of each may save.
+        """
         plays = sum(len(rewards) for (_, other), rewards in self._rewards.items() if other == slot)
-        bounds = {name: self._bound(name, slot, plays) for name in names}
+        bounds = {name: self._bound(name, slot, plays, stake_s) for name, stake_s in stakes.items()}
         hopeful = [name for name, bound in bounds.items() if bound > 0]
-        return sorted(hopeful, key=lambda name: (-bounds[name], name))[:count]
+        return sorted(hopeful, key=lambda name: (-bounds[name], name))[: self.config.most_plays]
 
     def reward(self, name: str, slot: int, saved_s: float, moved_s: float) -> None:
         """Notes what a play of the slot saved requests, and how long its bytes kept a link busy."""
-        rewards = self._rewards.setdefault((name, slot), deque(maxlen=self.config.window))
+        rewards = self._rewards.pop((name, slot), None) or deque(maxlen=self.config.window)
         rewards.append(saved_s - self.config.price * moved_s)
+        self._rewards[name, slot] = rewards
 
-    def _bound(self, name: str, slot: int, plays: int) -> float:
+    def rewards(self, name: str, slot: int) -> tuple[float, ...]:
+        """Of the last plays of an arm."""
+        return tuple(self._rewards.get((name, slot), ()))
+
+    def arms(self, most: int) -> Arms:
+        """What was learned, of the arms played last."""
+        return {arm: tuple(rewards) for arm, rewards in list(self._rewards.items())[-most:]}
+
+    def _bound(self, name: str, slot: int, plays: int, stake_s: float) -> float:
         rewards = self._rewards.get((name, slot))
         if not rewards:
             return math.inf
-        return sum(rewards) / len(rewards) + self.config.exploration_s * math.sqrt(math.log(plays + 1) / len(rewards))
+        share = self.config.exploration_share
+        exploration_s = self.config.exploration_s if share is None else share * stake_s
+        return sum(rewards) / len(rewards) + exploration_s * math.sqrt(math.log(plays + 1) / len(rewards))

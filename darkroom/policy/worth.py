@@ -105,11 +105,17 @@ class Worth:
         self._run_s.setdefault(name, run_s)
 
     def missed_share(self, name: str, tier: Tier, others: int, now_s: float) -> float:
-        """Probability that a request misses one copy soon, with `others` like it. Some seconds old at most."""
+        """Probability that a request misses one copy soon, with `others` like it. Some seconds old at most.
+
+        One more copy on a device helps only while the others are busy, and that is a matter of minutes: there what was
+        asked for hours ago does not count.
+        """
         key = (name, tier, others)
         known = self._missed.get(key)
         if known is None or now_s - known[0] > _AGE_S:
-            share = self.missed_share_at(self.popularity.rate(name, now_s), self.run_s(name), tier, others)
+            is_further = others > 0 and tier is Tier.DEVICE
+            rate = (self.popularity.recent_rate if is_further else self.popularity.rate)(name, now_s)
+            share = self.missed_share_at(rate, self.run_s(name), tier, others)
             known = self._missed[key] = (now_s, share)
         return known[1]
 

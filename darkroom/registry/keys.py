@@ -6,6 +6,7 @@
 /darkroom/v1/election/cachemgr                      under the leader's lease; its creation is the term
 /darkroom/v1/cache/plan                             kept, written by the leader
 /darkroom/v1/cache/popularity                       kept, written by the leader
+/darkroom/v1/cache/habits                           kept, written by the leader
 /darkroom/v1/wishes/pins/{model_id}                 kept, written for operators
 /darkroom/v1/wishes/once/{wish_id}                  written for operators, removed by the leader
 """
@@ -20,6 +21,7 @@ MODELS = f"{ROOT}models/"
 ELECTION = f"{ROOT}election/cachemgr"
 PLAN = f"{ROOT}cache/plan"
 POPULARITY = f"{ROOT}cache/popularity"
+HABITS = f"{ROOT}cache/habits"
 ASKED = f"{ROOT}wishes/"
 PINS = f"{ASKED}pins/"
 WISHES = f"{ASKED}once/"

@@ -42,7 +42,7 @@ class ClusterConfig:
     model_store: str | Path = "models"
     """Folder of models in diffusers' directory format; or the URL of one with an index."""
     store_cache: Path | None = None
-    """Folder for what comes from a store's URL. None leaves this, as the next five, to the services' own settings."""
+    """Folder for what comes from a store's URL. None leaves this, as the next six, to the services' own settings."""
     store_cache_bytes: int | None = None
     """Bound of that folder."""
     host_cache_bytes: int | None = None
@@ -53,6 +53,8 @@ class ClusterConfig:
     """Weights on each stage's device at once; 0 for no bound."""
     eviction: EvictionKind | None = None
     """What leaves a stage's tiers first: what costs requests least, or what was used longest ago."""
+    hour_prefetch: bool | None = None
+    """Whether the cache manager brings warm models near by the hour of the day."""
     preload: tuple[str, ...] = ()
     """Models that every stage loads before it takes requests."""
     default_model: str = "shapes"
@@ -103,6 +105,11 @@ def stage_flags(config: ClusterConfig) -> list[str]:
         "--preload": ",".join(config.preload) or None,
     }
     return [*store_flags(config), *_flags(asked)]
+
+
+def cachemgr_flags(config: ClusterConfig) -> list[str]:
+    """What every cache manager is told, in the same way."""
+    return [*store_flags(config), *_flags({"--hour-prefetch": config.hour_prefetch})]
 
 
 def _flags(asked: Mapping[str, object]) -> list[str]:
@@ -171,10 +178,10 @@ class LocalCluster:
     async def _start(self) -> None:
         await self._supervisor.add(self._etcd())
         config = self._config
-        store, stage = store_flags(config), stage_flags(config)
-        await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *store])
+        cachemgr, stage = cachemgr_flags(config), stage_flags(config)
+        await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *cachemgr])
         for number in range(2, config.cachemgrs + 1):
-            await self._add_service(f"cachemgr-{number}", "cachemgr", ["--address", "127.0.0.1:0", *store])
+            await self._add_service(f"cachemgr-{number}", "cachemgr", ["--address", "127.0.0.1:0", *cachemgr])
         await self._add_service(
             "router", "router", ["--address", self.addresses.router, "--default-model", config.default_model]
         )

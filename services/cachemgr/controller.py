@@ -19,6 +19,7 @@ from darkroom.registry.cache_plan import parse_pin, parse_plan, parse_wish, plan
 from darkroom.registry.election import Election, Fenced
 from darkroom.registry.membership import ClusterView
 from darkroom.registry.port import Registry
+from services.cachemgr.hours import Hours
 from services.cachemgr.ledger import Ledger
 from services.cachemgr.situation import as_loaded, load_times, replicas, sizes_by_stage
 
@@ -41,14 +42,16 @@ class Controller:
         snapshot_interval_s: float,
         clock: Callable[[], float],
         config: Planned,
+        hours: Hours | None = None,
         on_pins: Callable[[Collection[str]], None],
     ) -> None:
         """`clock`: seconds that mean the same to every cache manager; `guessed`: load times that nobody has seen.
 
-        `on_pins` is told the ids of what operators keep.
+        `hours` adds to the plan what the hour of the day brings; `on_pins` is told the ids of what operators keep.
         """
         self._registry, self._election, self._view, self._ledger = registry, election, view, ledger
         self._guessed, self._config, self._clock = guessed, config, clock
+        self._hours = hours
         self._interval_s, self._snapshot_interval_s = interval_s, snapshot_interval_s
         self._kept_s = self._published_s = -float("inf")
         self._version = 0
@@ -88,7 +91,10 @@ class Controller:
         asked = await leading.read(keys.ASKED)
         now_s = self._clock()
         situation = self._situation(before, asked, now_s)
-        plan = replace(make_plan(situation, now_s, self._config), term=leading.term, version=before.version)
+        plan = make_plan(situation, now_s, self._config)
+        if self._hours:
+            plan = await self._hours.add_to(plan, situation, leading, now_s)
+        plan = replace(plan, term=leading.term, version=before.version)
         if plan != before or now_s - self._published_s >= self._config.repeat_s:
             plan = replace(plan, version=max(before.version, self._version) + 1)
             await leading.put(keys.PLAN, plan_json(plan))

@@ -27,6 +27,7 @@ class Ledger:
         self._times, self._is_known = times, is_known
         self._sequences: OrderedDict[str, int] = OrderedDict()
         self._loads: dict[str, tuple[float, frozenset[str]]] = {}
+        self._asked_s: dict[tuple[str, str], float] = {}
         self.worths: dict[str, Worth] = {}
         """By stage."""
         self.loras = Popularity()
@@ -43,6 +44,7 @@ class Ledger:
         for usage in report.usages:
             if self._is_known(usage.model_id):
                 self.worth(usage.stage).add(usage.model_id, now_s, usage.run_s / usage.count, usage.count)
+                self._asked_s[usage.stage, usage.model_id] = now_s
             for lora_id, count in usage.loras:
                 if self._is_known(lora_id):
                     self.loras.add(lora_id, now_s, count)
@@ -53,6 +55,10 @@ class Ledger:
         if stage not in self.worths:
             self.worths[stage] = Worth(Popularity(), self._times, WorthConfig())
         return self.worths[stage]
+
+    def asked_s(self, stage: str, model_id: str) -> float | None:
+        """When a report last said that a stage ran a model; None if none did here."""
+        return self._asked_s.get((stage, model_id))
 
     def busy_ids(self, now_s: float) -> frozenset[str]:
         """Replicas that some router has a request at."""

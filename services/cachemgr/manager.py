@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from darkroom.policy.planning import Pin, Planned
+from darkroom.policy.prefetch import BanditConfig
 from darkroom.policy.worth import LoadTimes
 from darkroom.registry import keys
 from darkroom.registry.cache_plan import PlanView
@@ -13,8 +14,12 @@ from darkroom.registry.port import Registry
 from services.cachemgr.config import CacheManagerConfig
 from services.cachemgr.controller import Controller
 from services.cachemgr.holdings import Holdings
+from services.cachemgr.hours import Hours
 from services.cachemgr.ledger import Ledger
 from services.cachemgr.wishes import Wishes
+
+_BANDIT = BanditConfig(exploration_share=0.1)
+"""By shares: a small model's VAE loads in a tenth of a second, a large denoiser from afar in minutes."""
 
 
 class CacheManager:
@@ -42,6 +47,7 @@ class CacheManager:
         self._plans = PlanView(registry)
         self.holdings = Holdings(view, self._plans, self.ledger, guessed=guessed, clock=clock)
         self.wishes = Wishes(registry, view, clock=clock)
+        planned = Planned()
         self._controller = Controller(
             registry,
             self.election,
@@ -51,7 +57,8 @@ class CacheManager:
             interval_s=config.plan_interval_s,
             snapshot_interval_s=config.popularity_interval_s,
             clock=clock,
-            config=Planned(),
+            config=planned,
+            hours=Hours(_BANDIT, planned, self.ledger.asked_s) if config.hour_prefetch else None,
             on_pins=on_pins,
         )
 

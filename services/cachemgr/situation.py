@@ -53,6 +53,7 @@ def replicas(
                     rooms=_rooms(member),
                     held=_held(member, residences, known),
                     evicts=member.rooms is not None and member.rooms.evicts,
+                    is_one_memory=member.is_one_memory,
                 )
             )
     return sorted(found, key=lambda replica: replica.replica_id)

@@ -139,6 +139,7 @@ def test_bounds_and_a_stores_url_reach_the_services() -> None:
         DARKROOM_HOST_CACHE_BYTES="1GiB",
         DARKROOM_STORE_CACHE_BYTES="2GiB",
         DARKROOM_EVICTION="lru",
+        DARKROOM_HOUR_PREFETCH="true",
         AWS_ACCESS_KEY_ID="key",
     )
     for name in STAGES:
@@ -148,6 +149,7 @@ def test_bounds_and_a_stores_url_reach_the_services() -> None:
         said = _told(services[name], CONFIGS[name])
         assert (said.model_store, said.store_cache_bytes) == ("s3://weights/models", 2 << 30)
         assert services[name]["environment"]["AWS_ACCESS_KEY_ID"] == "key"
+    assert _told(services["cachemgr"], CONFIGS["cachemgr"]).hour_prefetch
 
 
 def test_what_is_not_said_is_each_services_own_default() -> None:
@@ -158,6 +160,7 @@ def test_what_is_not_said_is_each_services_own_default() -> None:
         said, own = _told(services[name], CONFIGS[name]), CONFIGS[name](model_store=ROOT / "models")
         for field in ("device_budget_bytes", "host_cache_bytes", "pool_bytes", "store_cache_bytes", "eviction"):
             assert getattr(said, field) == getattr(own, field)
+    assert not _told(services["cachemgr"], CONFIGS["cachemgr"]).hour_prefetch
 
 
 def test_several_cache_managers_take_a_range_of_ports() -> None:

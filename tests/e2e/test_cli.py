@@ -1,5 +1,6 @@
 """The command line as a user types it, against a cluster that the command itself starts."""
 
+import asyncio
 import io
 import json
 import os
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from darkroom.registry import keys
+from darkroom.registry.etcd import EtcdRegistry
 from tests.shipped import MODELS
 
 DARKROOM = str(Path(sys.executable).parent / "darkroom")
@@ -174,9 +177,17 @@ def until_told(ask: Callable[[], Any]) -> Any:
     raise AssertionError("nothing in half a minute")
 
 
-def test_up_bounds_the_device_by_what_it_is_told(environment: dict[str, str], tmp_path: Path) -> None:
+async def kept_by_the_hour(state: Path) -> bytes | None:
+    registry = EtcdRegistry([json.loads((state / "darkroom" / "cluster.json").read_text())["etcd"]])
+    try:
+        return (await registry.read(keys.HABITS)).get(keys.HABITS)
+    finally:
+        await registry.close()
+
+
+def test_up_hands_on_what_it_is_told(environment: dict[str, str], tmp_path: Path) -> None:
     own = {**environment, "XDG_STATE_HOME": str(tmp_path), "DARKROOM_DEVICE_BUDGET_BYTES": "8GiB"}
-    options = ["--device-budget-bytes", "1KiB", "--eviction", "lru", "--host-cache-bytes", "1MB"]
+    options = ["--device-budget-bytes", "1KiB", "--eviction", "lru", "--host-cache-bytes", "1MB", "--hour-prefetch"]
     with subprocess.Popen(
         [DARKROOM, "up", "--denoisers", "1", "--port", "0", *options],
         env=own,
@@ -190,7 +201,9 @@ def test_up_bounds_the_device_by_what_it_is_told(environment: dict[str, str], tm
         wished = darkroom(own, "cache", "prefetch", "shapes", "--stage", "denoiser")
         problems = until_told(lambda: json.loads(darkroom(own, "cache", "describe", "--json").stdout)["problems"])
         described = darkroom(own, "cache", "describe").stdout
+        habits = until_told(lambda: asyncio.run(kept_by_the_hour(tmp_path)))
         process.send_signal(signal.SIGINT)
+    assert json.loads(habits)["slot_count"] == 24
     assert done.returncode == 1
     assert "the device has 1024 for models" in done.stderr
     assert wished.returncode == 0, wished.stderr

@@ -278,6 +278,23 @@ def test_when_popularity_flips_what_is_hot_now_gets_its_copies_and_nothing_goes_
 
 
 @pytest.mark.parametrize("seed", range(2))
+def test_what_was_hot_for_six_hours_does_not_keep_further_copies_from_what_is_hot_now(seed: int) -> None:
+    pool = Pool(CONFIG, [40, 4, 2, 1], windows_s=WINDOWS_S, seed=seed)
+    for now_s in range(0, 19_800, 60):
+        for name, weight in pool.weights.items():
+            pool.worth.add(name, float(now_s), 0.8, round(60 * weight / 47))
+    pool.run(19_800, 21_600)
+    assert pool.copies("m0") >= 2
+    pool.weights = dict(zip(pool.weights, [1, 2, 4, 40], strict=True))
+    pool.run(21_600, 22_320)
+    assert pool.copies("m3") >= 2, "within twelve minutes"
+    pool.run(22_320, 25_200)
+    moves = Counter((replica_id, name) for when_s, replica_id, name in pool.brought if when_s >= 21_600)
+    assert {name for _, name in moves} == {"m3"}
+    assert set(moves.values()) == {1}, moves
+
+
+@pytest.mark.parametrize("seed", range(2))
 def test_where_models_have_to_share_a_flip_moves_few_of_them(seed: int) -> None:
     pool = Pool(CONFIG, [32, 16, 8, 4, 2, 1], windows_s=WINDOWS_S, seed=seed)
     pool.run(0, 1800)

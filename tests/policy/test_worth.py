@@ -71,10 +71,24 @@ def test_erlangs_formula() -> None:
     assert blocked_share(5, 3.0) == pytest.approx(0.11005, abs=1e-5)  # from tables
 
 
-@given(st.integers(0, 8), st.integers(1, 200))
-def test_a_copy_more_is_never_worth_more_than_the_one_before(others: int, count: int) -> None:
+@given(st.integers(0, 8), st.integers(1, 200), st.sampled_from([Tier.DEVICE, Tier.HOST]))
+def test_a_copy_more_is_never_worth_more_than_the_one_before(others: int, count: int, tier: Tier) -> None:
     known = worth(a=count)
-    assert known.missed_share("a", Tier.HOST, others + 1, 200.0) <= known.missed_share("a", Tier.HOST, others, 200.0)
+    assert known.missed_share("a", tier, others + 1, 200.0) <= known.missed_share("a", tier, others, 200.0)
+
+
+def test_only_a_further_copy_on_a_device_goes_by_the_last_minutes() -> None:
+    popular = Popularity((60.0, 6000.0))
+    popular.add("burst", 0.0, 60)
+    assert popular.recent_rate("burst", 0.0) == popular.rate("burst", 0.0)
+    assert popular.recent_rate("burst", 600.0) < 0.01 * popular.rate("burst", 600.0)
+    assert popular.recent_rate("never", 0.0) == 0.0
+    ended = Worth(popular, TIMES, WorthConfig())
+    ended.restore("burst", 60.0)
+    assert ended.missed_share("burst", Tier.DEVICE, 1, 600.0) < 0.01 * ended.missed_share(
+        "burst", Tier.DEVICE, 0, 600.0
+    )
+    assert ended.missed_share("burst", Tier.HOST, 1, 600.0) > 0.1 * ended.missed_share("burst", Tier.HOST, 0, 600.0)
 
 
 def test_what_is_asked_for_more_often_is_worth_more() -> None:

@@ -1,12 +1,13 @@
-"""What a local cluster tells its stages: what was asked for, so that the environment says the rest."""
+"""What a local cluster tells its services: what was asked for, so that the environment says the rest."""
 
 from pathlib import Path
 
 import pytest
 
-from darkroom.runtime.cluster import ClusterConfig, stage_flags
+from darkroom.runtime.cluster import ClusterConfig, cachemgr_flags, stage_flags
 from darkroom.runtime.config import read_config
 from darkroom.runtime.stage import budget_of, memory_of, rooms_of
+from services.cachemgr.config import CacheManagerConfig
 from services.denoiser.config import DenoiserConfig
 
 _GIB = 1 << 30
@@ -50,6 +51,15 @@ def test_what_a_cluster_is_asked_for_beats_the_environment(tmp_path: Path) -> No
     assert (said.device_budget_bytes, said.eviction) == (0, "worth")
     assert (said.host_cache_bytes, said.pool_bytes, said.store_cache_bytes) == (5, 6, 7)
     assert said.store_cache == tmp_path / "asked"
+
+
+def test_cache_managers_are_told_in_the_same_way(tmp_path: Path) -> None:
+    for asked, variable, said in ((None, "true", True), (False, "true", False), (True, "false", True)):
+        flags = cachemgr_flags(ClusterConfig(model_store=tmp_path, hour_prefetch=asked))
+        environment = {"DARKROOM_HOUR_PREFETCH": variable}
+        config = read_config(CacheManagerConfig, program="cachemgr", arguments=flags, environment=environment)
+        assert config.hour_prefetch is said
+        assert str(config.model_store) == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["device_budget_bytes", "host_cache_bytes", "pool_bytes", "store_cache_bytes"])
