@@ -14,6 +14,7 @@ from typing import Self
 
 import grpc
 
+from darkroom.policy.fusion import MOST_PAIRS
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.processes import Child, Supervisor, etcd_program, free_port
 from darkroom.store.evicting import EvictionKind
@@ -42,7 +43,7 @@ class ClusterConfig:
     model_store: str | Path = "models"
     """Folder of models in diffusers' directory format; or the URL of one with an index."""
     store_cache: Path | None = None
-    """Folder for what comes from a store's URL. None leaves this, as the next five, to the services' own settings."""
+    """Folder for what comes from a store's URL. None leaves this, as the next six, to the services' own settings."""
     store_cache_bytes: int | None = None
     """Bound of that folder."""
     host_cache_bytes: int | None = None
@@ -53,6 +54,8 @@ class ClusterConfig:
     """Weights on each stage's device at once; 0 for no bound."""
     eviction: EvictionKind | None = None
     """What leaves a stage's tiers first: what costs requests least, or what was used longest ago."""
+    merged_pairs: int | None = None
+    """Pairs of a model and LoRAs that each denoiser keeps merged, at most."""
     preload: tuple[str, ...] = ()
     """Models that every stage loads before it takes requests."""
     default_model: str = "shapes"
@@ -76,6 +79,8 @@ class ClusterConfig:
         for name in ("store_cache_bytes", "host_cache_bytes", "pool_bytes", "device_budget_bytes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= (self.merged_pairs or 0) <= MOST_PAIRS:
+            raise ValueError(f"merged_pairs must be 0 to {MOST_PAIRS}, not {self.merged_pairs}")
         check_store(self.model_store)
 
 
@@ -103,6 +108,11 @@ def stage_flags(config: ClusterConfig) -> list[str]:
         "--preload": ",".join(config.preload) or None,
     }
     return [*store_flags(config), *_flags(asked)]
+
+
+def denoiser_flags(config: ClusterConfig) -> list[str]:
+    """What every denoiser is told, in the same way."""
+    return [*stage_flags(config), *_flags({"--merged-pairs": config.merged_pairs})]
 
 
 def _flags(asked: Mapping[str, object]) -> list[str]:
@@ -172,6 +182,7 @@ class LocalCluster:
         await self._supervisor.add(self._etcd())
         config = self._config
         store, stage = store_flags(config), stage_flags(config)
+        flags = {"encoder": stage, "denoiser": denoiser_flags(config), "vae": stage}
         await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *store])
         for number in range(2, config.cachemgrs + 1):
             await self._add_service(f"cachemgr-{number}", "cachemgr", ["--address", "127.0.0.1:0", *store])
@@ -180,7 +191,7 @@ class LocalCluster:
         )
         for service, count in self._counts().items():
             for number in range(1, count + 1):
-                await self._add_service(f"{service}-{number}", service, stage)
+                await self._add_service(f"{service}-{number}", service, flags[service])
 
     def _counts(self) -> dict[str, int]:
         return {"encoder": self._config.encoders, "denoiser": self._config.denoisers, "vae": self._config.vaes}
