@@ -126,10 +126,11 @@ class BatchRunner:
         if probe.sizes:
             self._probes[key] = probe
 
-    def _note_for_probes(self, key: Any, call: Forward) -> None:
+    def _note_for_probes(self, kind: Any, call: Forward) -> None:
+        """Notes a call without its adapter, where what that costs is not known."""
         sizes = [size for size in _PROBE_SIZES if size * call.rows <= self._max_probe_rows]
-        if sizes and call.adapter is None and not self._costs.is_known(key):
-            self._probes[key] = _Probe(call, [size for size in reversed(sizes) for _ in range(2)])
+        if sizes and kind not in self._probes and not self._apart[False].is_known(kind):
+            self._probes[kind] = _Probe(call.bare(), [size for size in reversed(sizes) for _ in range(2)])
             if len(self._probes) > _MAX_PROBES:
                 self._probes.popitem(last=False)
 
@@ -149,7 +150,7 @@ class BatchRunner:
         expected_s = self._costs.seconds(batch.key, batch.rows)
         patience_s = _UNKNOWN_PATIENCE_S if expected_s is None else max(_PATIENCE_S, _PATIENCE_FACTOR * expected_s)
         self._read_events()
-        self._note_for_probes(batch.key, calls[0])
+        self._note_for_probes(batch.kind, calls[0])
         start_s = time.monotonic()
         self._busy = (start_s, patience_s)
         try:

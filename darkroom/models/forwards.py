@@ -8,6 +8,7 @@ that what can be known once is not looked up twice.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -155,6 +156,14 @@ class Forward:
         if self.adapter is None:
             return self.entry.function(*self.args, **self.kwargs)
         return self.adapter.run(self.entry, [(self.adapter, self.rows)], self.args, self.kwargs)
+
+    def bare(self) -> Forward:
+        """The call without its adapter."""
+        if self.adapter is None:
+            return self
+        other = copy.copy(self)
+        other.adapter, other.key = None, self.kind
+        return other
 
     def rebuilt(self, leaves: Sequence[Any]) -> dict[str, Any]:
         """The call's arguments by name, with other leaves."""

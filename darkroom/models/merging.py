@@ -1,7 +1,7 @@
 """The pairs of a base and LoRAs that a replica keeps merged: looked over and made beside requests, by `policy/fusion`.
 
-The rule: merged copies live in what is left. They push nothing out, and go first when anything else needs the room: a
-copy is made anew in seconds and without I/O. A request keeps the copy that it began with.
+The rule: merged copies live in what is left. They push nothing out, and leave before any model does: a copy is made
+anew in seconds and without I/O. A request keeps the copy that it began with.
 """
 
 import asyncio
