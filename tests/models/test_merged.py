@@ -1,5 +1,6 @@
 """LoRAs merged into copies of networks, against diffusers' `fuse_lora` and PEFT's `merge`."""
 
+import asyncio
 import copy
 import time
 from collections.abc import Iterator
@@ -118,9 +119,8 @@ async def test_what_loras_cost_is_counted_and_merged_they_cost_nothing(
     save_lora_for(tmp_path, "ink", tiny_store / "tiny-sd", seed=1, rank=64)
     part = load_part(tiny_store, "tiny-sd", "denoiser", torch.device("cpu"))
     combination, given = await Adapters(part, tmp_path).load(uses_of((("ink", 0.8),))), embeddings(tiny_store, part)
-    merged = InWeights(part, combination)
 
-    def ticket_of(held: Any) -> Ticket:
+    def ticket_of(held: Any, executor: Executor = executor) -> Ticket:
         future, ticket = executor.submit(partial(denoised, part, held, given))
         future.result(60)
         return ticket
@@ -131,8 +131,17 @@ async def test_what_loras_cost_is_counted_and_merged_they_cost_nothing(
     assert {ticket.adapted_s for ticket in plain} == {0.0}
     beside = [ticket_of(combination) for _ in range(3)][-1]
     assert beside.adapted_s > beside.bare_s > 0
-    alone = ticket_of(merged)
+    alone = ticket_of(InWeights(part, combination))
     assert alone.adapted_s == pytest.approx(alone.bare_s)
+    probing = Executor(max_batch_rows=4, probes=True)
+    ticket_of(combination, probing)
+    until_idle, _ = probing.submit(lambda: time.sleep(0.1))
+    until_idle.result(60)
+    while probing._batches.has_probes:
+        await asyncio.sleep(0.01)
+    measured = ticket_of(combination, probing)
+    assert measured.adapted_s != pytest.approx(1.1 * measured.bare_s, rel=1e-6)
+    probing.close()
 
 
 class Layers(torch.nn.Module):

@@ -100,13 +100,9 @@ class Merging:
         return sum(sum(entry.sizes.values()) for entry in self.replica._residency._entries)
 
 
-@pytest.fixture(scope="module")
-def sizes(store: Path) -> tuple[int, int, int]:
+@pytest.fixture
+async def sizes(store: Path) -> tuple[int, int, int]:
     """Bytes of a part, of a LoRA, of what a merged copy has of its own."""
-    return asyncio.run(_sizes(store))
-
-
-async def _sizes(store: Path) -> tuple[int, int, int]:
     kept = Merging(store)
     await kept.ask(INK)
     (pair,) = kept.replica.state().merged["tiny-sd"]
@@ -287,6 +283,7 @@ async def test_a_copy_that_is_let_go_frees_its_memory_by_itself(store: Path) -> 
     (copy,) = kept.pairs._copies.values()
     weight = weakref.ref(copy.networks["unet"].tree.get_parameter(CHANGED))
     del copy
+    await asyncio.sleep(0)  # until then the loop holds what it handed over last: the copy
     gc.collect()
     gc.disable()
     try:

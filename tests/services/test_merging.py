@@ -1,6 +1,7 @@
 """Merged pairs through the denoiser's service: they come of requests, and change no picture."""
 
 import asyncio
+import math
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ async def neighbours(tiny_store: Path, tmp_path: Path) -> AsyncIterator[Neighbou
     """Over a model with LoRAs."""
     shutil.copytree(tiny_store / MODEL, tmp_path / MODEL)
     for seed, lora_id in enumerate(LORA_IDS):
-        save_lora_for(tmp_path, lora_id, tmp_path / MODEL, seed=seed, rank=16)
+        save_lora_for(tmp_path, lora_id, tmp_path / MODEL, seed=seed, rank=64)  # dear enough to show on a busy machine
     async with Neighbours(tmp_path) as started:
         yield started
 
@@ -50,9 +51,11 @@ class Beside:
 
 
 def merging_of(stage: RunningStage) -> MergedPairs:
+    """What it keeps merged from now on, looked over when `merge` says so."""
     stage.replica.keep_merged(50, 1 << 30)
     pairs = stage.replica._merging
     assert pairs is not None
+    pairs._due_s = math.inf
     return pairs
 
 
@@ -93,9 +96,9 @@ async def test_requests_of_two_pairs_and_the_base_at_once_each_come_out_right(ne
         calls = [asyncio.create_task(finish(start(denoiser, loras=loras))) for loras in wishes]
         await eventually(lambda: denoiser.running_count == len(wishes))
         await asyncio.sleep(0.05)
-    for result, exact in zip(await asyncio.gather(*calls), expected, strict=True):
+    for loras, result, exact in zip(wishes, await asyncio.gather(*calls), expected, strict=True):
         assert distance(latents(result), exact) <= 1e-5
-        assert result.batched_forward_count == 4
+        assert not loras or result.batched_forward_count > 0
 
 
 async def test_a_checkpoint_goes_on_whether_its_pair_is_merged_or_not(neighbours: Neighbours) -> None:
