@@ -185,9 +185,11 @@ def lora_of(injected: Any, name: str) -> Lora:
     deltas = {}
     for module, layer in injected.named_children():
         if isinstance(layer, LoraLayer) and name in layer.lora_A:
-            magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_magnitude_vector else None
+            down: Any = layer.lora_A[name]
             up: Any = layer.lora_B[name]
-            deltas[module] = Delta(layer.lora_A[name].weight, up.weight, up.bias, 3.0, 2, magnitude)
+            lengths: Any = layer.lora_magnitude_vector
+            magnitude = lengths[name].weight if name in lengths else None
+            deltas[module] = Delta(down.weight, up.weight, up.bias, 3.0, 2, magnitude)
     return Lora(name, {"net": deltas}, frozenset())
 
 

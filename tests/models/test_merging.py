@@ -225,7 +225,7 @@ async def test_a_merged_copy_pushes_nothing_out(store: Path, sizes: tuple[int, i
 
 async def test_the_best_pairs_are_kept_up_to_count_and_bytes(store: Path, sizes: tuple[int, int, int]) -> None:
     for bound in ({"most": 1}, {"max_bytes": 1.5 * sizes[2]}):
-        kept = Merging(store, **bound)  # type: ignore[arg-type]  # which of them, is known
+        kept = Merging(store, **bound)
         await kept.ask(CHALK)
         assert kept.merged == {"tiny-sd": [CHALK]}
         await kept.ask(INK)
@@ -340,8 +340,10 @@ async def test_a_look_comes_by_itself_and_one_at_a_time(store: Path) -> None:
     kept.pairs._due_s = 0.0
     async with kept.request(CHALK):
         pass
-    assert kept.pairs._looking is not looking
+    later = kept.pairs._looking
+    assert later is not None
+    assert later is not looking
     async with asyncio.timeout(20):
-        await kept.pairs._looking
+        await later
     assert kept.merged == {"tiny-sd": [INK, CHALK]}
     kept.replica.close()
