@@ -253,8 +253,9 @@ async def test_a_request_keeps_the_copy_that_it_began_with(store: Path, sizes: t
     kept.replica.close()
 
 
+@pytest.mark.parametrize("is_pushed_out", [True, False])
 async def test_a_model_that_had_a_merged_pair_frees_all_memory_when_it_leaves(
-    store: Path, sizes: tuple[int, int, int]
+    store: Path, sizes: tuple[int, int, int], *, is_pushed_out: bool
 ) -> None:
     part_bytes, lora_bytes, merged_bytes = sizes
     kept = Merging(store, budget_bytes=part_bytes + lora_bytes + merged_bytes)
@@ -268,12 +269,15 @@ async def test_a_model_that_had_a_merged_pair_frees_all_memory_when_it_leaves(
     gc.collect()
     gc.disable()
     try:
-        await kept.ask(CHALK, model_id="other")
+        if is_pushed_out:
+            await kept.ask(CHALK, model_id="other")
+        else:
+            assert await kept.replica.release("tiny-sd")
         assert [weight() for weight in weights] == [None, None]
     finally:
         gc.enable()
-    assert kept.merged == {"other": [CHALK]}
-    assert kept.counted == part_bytes + lora_bytes + merged_bytes
+    assert kept.merged == ({"other": [CHALK]} if is_pushed_out else {})
+    assert kept.counted == (part_bytes + lora_bytes + merged_bytes if is_pushed_out else 0)
     kept.replica.close()
 
 
