@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 PROTO_BASE ?= main
 
 STYLES := outline stripes shadow
-BENCHES := overhead throughput memory stepbatch stepcache
+BENCHES := overhead throughput memory stepbatch stepcache merging
 # Apart: loading wants 8 GiB of disk, cache takes hours of one core, residency half an hour.
 STORE_BENCHES := loading cache residency
 

@@ -24,6 +24,7 @@ from darkroom.cli_options import (
     EvictionOption,
     HostCache,
     HourPrefetch,
+    MergedPairs,
     Pool,
     StoreCache,
     StoreCacheSize,
@@ -36,7 +37,7 @@ from darkroom.cli_running import CachemgrAddress, cachemgr_address, run_command,
 from darkroom.cli_simulate import simulate
 from darkroom.cli_store import store_app
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster, clear_state, read_state, write_state
-from darkroom.v1 import cachemgr_pb2
+from darkroom.v1 import cachemgr_pb2, stage_pb2
 
 DEFAULT_ROUTER_PORT = 7600
 
@@ -80,6 +81,7 @@ def up(  # noqa: PLR0917 - a command's options
     store_cache_bytes: StoreCacheSize = None,
     eviction: EvictionOption = None,
     hour_prefetch: HourPrefetch = None,
+    merged_pairs: MergedPairs = None,
     logs: Annotated[
         Path | None, typer.Option(help="Folder for the processes' logs. Default: one that goes with the cluster.")
     ] = None,
@@ -105,6 +107,7 @@ def up(  # noqa: PLR0917 - a command's options
         store_cache_bytes=store_cache_bytes,
         eviction=eviction,
         hour_prefetch=hour_prefetch,
+        merged_pairs=merged_pairs,
         log_folder=logs,
     )
     run_command(_up(config))
@@ -297,11 +300,16 @@ def _load(row: dict[str, Any]) -> str:
 
 
 def _holds(row: dict[str, Any]) -> str:
-    held = (
+    held = [
         f"{model_id}: {', '.join(f'{name} {size / 1e6:.1f} MB' for name, size in networks.items() if size)}"
         for model_id, networks in row["models"].items()
-    )
+    ]
+    held += [f"{name} merged: {size / 1e6:.1f} MB" for name, size in row["merged_pairs"].items()]
     return "; ".join(held)
+
+
+def _pair_name(model_id: str, pair: stage_pb2.MergedPair) -> str:
+    return "+".join([model_id, *(f"{lora.lora_id}:{lora.scale:g}" for lora in pair.loras)])
 
 
 def _replica_row(report: darkroom_client.ReplicaReport) -> dict[str, Any]:
@@ -315,11 +323,15 @@ def _replica_row(report: darkroom_client.ReplicaReport) -> dict[str, Any]:
         "finished": None,
         "requests_per_batch": None,
         "models": {model_id: {} for model_id in listed.model_ids},
+        "merged_pairs": {},
     }
     if state is not None:
         row["running"], row["finished"] = state.running_count, state.finished_count
         row["requests_per_batch"] = state.forward_count / state.batch_count if state.batch_count else 0.0
         row["models"] = {model.model_id: {n.name: n.resident_bytes for n in model.networks} for model in state.models}
+        row["merged_pairs"] = {
+            _pair_name(model.model_id, pair): pair.size_bytes for model in state.models for pair in model.merged_pairs
+        }
     return row
 
 

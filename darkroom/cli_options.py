@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from darkroom.policy.fusion import MOST_PAIRS
 from darkroom.runtime.sizes import parse_bytes
 from darkroom.store.evicting import EvictionKind
 from darkroom.wire.conditions import ConditionFiles, ControlUse, IpAdapterUse
@@ -32,6 +33,12 @@ Pool = Annotated[int | None, _bound("Memory made ready at the start to read weig
 StoreCacheSize = Annotated[int | None, _bound("Bound of --store-cache.")]
 StoreCache = Annotated[
     Path | None, typer.Option(help="Folder for what comes from a store's URL.", rich_help_panel=_TIERS)
+]
+MergedPairs = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=MOST_PAIRS, help="Models kept with LoRAs merged, at most, by each denoiser.", rich_help_panel=_TIERS
+    ),
 ]
 EvictionOption = Annotated[EvictionKind | None, typer.Option(help="What leaves first.", rich_help_panel=_TIERS)]
 

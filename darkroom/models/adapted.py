@@ -23,13 +23,13 @@ from darkroom.models.forwards import Adapter, Entry, Unmixable
 from darkroom.models.lora import Delta, Lora
 from darkroom.models.standins import RowLists
 
-_CONVOLUTIONS: Mapping[type[torch.nn.Module], Callable[..., torch.Tensor]] = {
+CONVOLUTIONS: Mapping[type[torch.nn.Module], Callable[..., torch.Tensor]] = {
     torch.nn.Conv1d: F.conv1d,
     torch.nn.Conv2d: F.conv2d,
     torch.nn.Conv3d: F.conv3d,
 }
 _PAUSE_S = 0.0001
-_Addition = tuple[Delta, float, torch.Tensor | None]
+Addition = tuple[Delta, float, torch.Tensor | None]
 """A product, its scaling, and the layer's factor if the LoRA has magnitudes."""
 
 
@@ -56,6 +56,11 @@ class Mix:
         """None while calls with different LoRAs, and with none, can share a batch."""
         return None if self.network.is_mixable else self.loras
 
+    @property
+    def is_beside(self) -> bool:
+        """It is: each layer's product is worked out for each batch."""
+        return True
+
     def run(
         self, entry: Entry, rows: Sequence[tuple[Adapter | None, int]], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
@@ -78,13 +83,9 @@ class _Span:
     """The network's name in the LoRAs."""
     loras: tuple[Scaled, ...] = ()
 
-    def additions(self, module: str) -> list[_Addition]:
+    def additions(self, module: str) -> list[Addition]:
         """What the LoRAs add to one layer, in their order."""
-        return [
-            (delta, delta.scaling(scaled.scale), scaled.factors.get(self.label, {}).get(module))
-            for scaled in self.loras
-            if (delta := scaled.lora.networks.get(self.label, {}).get(module)) is not None
-        ]
+        return additions_of(self.loras, self.label, module)
 
 
 class AdaptedNetwork:
@@ -121,19 +122,30 @@ class AdaptedNetwork:
         with self._running:
             self.spans = tuple(spans)
             try:
-                return self._called(entry)(*args, **kwargs)
+                assert self._tree is not None
+                return callable_of(self._tree, entry)(*args, **kwargs)
             except Unmixable:
                 self.is_mixable = False
                 raise
             finally:
                 self.spans = ()
 
-    def _called(self, entry: Entry) -> Any:
-        """What `entry` calls of the network, of the copy."""
-        assert self._tree is not None
-        if isinstance(entry.function, RowLists):
-            return RowLists(self._tree, entry.function.multiples)
-        return self._tree if entry.method == "forward" else getattr(self._tree, entry.method)
+
+def additions_of(loras: Iterable[Scaled], label: str, module: str) -> list[Addition]:
+    """What LoRAs add to one layer of the network with that name in them, in their order."""
+    return [
+        (delta, delta.scaling(scaled.scale), scaled.factors.get(label, {}).get(module))
+        for scaled in loras
+        if (delta := scaled.lora.networks.get(label, {}).get(module)) is not None
+    ]
+
+
+def callable_of(tree: torch.nn.Module, entry: Entry) -> Callable[..., Any]:
+    """What `entry` calls of a network, of its copy."""
+    if isinstance(entry.function, RowLists):
+        return RowLists(tree, entry.function.multiples)
+    called: Callable[..., Any] = tree if entry.method == "forward" else getattr(tree, entry.method)
+    return called
 
 
 def tree_copied(network: torch.nn.Module) -> torch.nn.Module:
@@ -161,7 +173,7 @@ class AdaptedLayer:
         self._down: Callable[..., torch.Tensor] = F.linear
         self._up: Callable[..., torch.Tensor] = F.linear
         if not isinstance(layer, torch.nn.Linear):
-            convolution, own = _CONVOLUTIONS[type(layer)], vars(layer)
+            convolution, own = CONVOLUTIONS[type(layer)], vars(layer)
             self._down = functools.partial(convolution, stride=own["stride"], padding=own["padding"])
             self._up = functools.partial(convolution, groups=own["groups"])
 
@@ -182,7 +194,7 @@ class AdaptedLayer:
                 self._add_to_rows(x.narrow(0, span.start, size), result.narrow(0, span.start, size), additions)
         return result
 
-    def _add_to_rows(self, x: torch.Tensor, result: torch.Tensor, additions: list[_Addition]) -> None:
+    def _add_to_rows(self, x: torch.Tensor, result: torch.Tensor, additions: list[Addition]) -> None:
         """Adds in place; a plain product of a linear layer in one operation, which rounds less often than two."""
         for each in additions:
             delta, scaling, factor = each
@@ -193,7 +205,7 @@ class AdaptedLayer:
             else:
                 result.add_(self._added(x, result, each))
 
-    def _added(self, x: torch.Tensor, result: torch.Tensor, each: _Addition) -> torch.Tensor:
+    def _added(self, x: torch.Tensor, result: torch.Tensor, each: Addition) -> torch.Tensor:
         """What one LoRA adds to the layer's result so far."""
         delta, scaling, factor = each
         product = self._up(self._down(x.to(delta.down.dtype), delta.down), delta.up, delta.up_bias)

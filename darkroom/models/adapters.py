@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -56,19 +56,18 @@ class Combination:
     def __init__(self, part: Part, networks: Mapping[str, AdaptedNetwork], held: list[tuple[_Kept, Scaled]]) -> None:
         """Made by `Adapters.load` only; `held` is released once."""
         self._part, self._networks, self._held = part, networks, held
-        self._loras = tuple(scaled for _, scaled in held)
+        self.loras = tuple(scaled for _, scaled in held)
 
     @property
     def elsewhere(self) -> frozenset[str]:
         """Networks of other stages that these LoRAs change too: those stages need the LoRAs as well."""
-        return frozenset[str]().union(*(scaled.lora.elsewhere for scaled in self._loras))
+        return frozenset[str]().union(*(scaled.lora.elsewhere for scaled in self.loras))
 
     def stand_ins(self) -> dict[str, torch.nn.Module]:
         """By component name, what to put into the request's own pipeline in place of the part's stand-ins."""
-        names = sorted({name for scaled in self._loras for name in scaled.lora.networks})
         return {
-            name: _carrying(getattr(self._part.pipeline, name), Mix(self._networks[name], name, self._loras))
-            for name in names
+            name: stand_in_carrying(getattr(self._part.pipeline, name), Mix(self._networks[name], name, self.loras))
+            for name in changed_networks(self.loras)
         }
 
     def release(self) -> None:
@@ -201,7 +200,12 @@ class Adapters:
         return total_bytes
 
 
-def _carrying(stand_in: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
+def changed_networks(loras: Iterable[Scaled]) -> list[str]:
+    """Names of the networks here that these LoRAs change."""
+    return sorted({name for scaled in loras for name in scaled.lora.networks})
+
+
+def stand_in_carrying(stand_in: torch.nn.Module, adapter: Adapter) -> torch.nn.Module:
     """A stand-in like this one, whose calls carry the adapter."""
     copied = copy.copy(stand_in)
 

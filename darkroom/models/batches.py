@@ -43,16 +43,34 @@ class _Probe:
     sizes: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What the cost curves ask of calls of equal key."""
+
+    key: Any
+    kind: Any
+    rows: int
+    is_beside: bool
+    """Whether anything is added beside the network's weights, to any of them."""
+
+    @classmethod
+    def of(cls, calls: Sequence[Forward]) -> _Batch:
+        is_beside = any(call.adapter is not None and call.adapter.is_beside for call in calls)
+        return cls(calls[0].key, calls[0].kind, sum(call.rows for call in calls), is_beside)
+
+
 class BatchRunner:
     """Runs batches on the engine's thread and keeps the cost curve current."""
 
     def __init__(self, costs: CostCurve, *, max_probe_rows: int = 0) -> None:
         """`costs` learns from every batch. `max_probe_rows`: largest size that `probe` tries; 0 probes nothing."""
         self._costs, self._max_probe_rows = costs, max_probe_rows
+        self._apart = {False: CostCurve(), True: CostCurve()}
+        """By kind and not by key: of batches in which nothing was added beside the weights, and of others."""
         self._probes: OrderedDict[Any, _Probe] = OrderedDict()
         self._limits: dict[Any, tuple[int, float]] = {}
         self._busy: tuple[float, float] | None = None
-        self._unread: deque[tuple[Any, int, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._unread: deque[tuple[_Batch, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def overdue_s(self, now_s: float) -> float:
         """How long ago the running batch should have been done at the latest; negative when it is in time or idle."""
@@ -80,6 +98,15 @@ class BatchRunner:
             yield Outcome(positions, answers, seconds)
             left = left[size:]
 
+    def usual_s(self, calls: Sequence[Forward]) -> float | None:
+        """Seconds that a batch of these usually takes, by whether anything is added beside weights in it."""
+        batch = _Batch.of(calls)
+        return self._apart[batch.is_beside].seconds(batch.kind, batch.rows)
+
+    def bare_s(self, call: Forward) -> float | None:
+        """Seconds that a call by itself takes where nothing is added beside the weights; None if that never ran."""
+        return self._apart[False].seconds(call.kind, call.rows)
+
     @property
     def has_probes(self) -> bool:
         """Whether there is a kind of forward whose cost at other sizes is not known yet."""
@@ -99,10 +126,11 @@ class BatchRunner:
         if probe.sizes:
             self._probes[key] = probe
 
-    def _note_for_probes(self, key: Any, call: Forward) -> None:
+    def _note_for_probes(self, kind: Any, call: Forward) -> None:
+        """Notes a call without its adapter, where what that costs is not known."""
         sizes = [size for size in _PROBE_SIZES if size * call.rows <= self._max_probe_rows]
-        if sizes and call.adapter is None and not self._costs.is_known(key):
-            self._probes[key] = _Probe(call, [size for size in reversed(sizes) for _ in range(2)])
+        if sizes and kind not in self._probes and not self._apart[False].is_known(kind):
+            self._probes[kind] = _Probe(call.bare(), [size for size in reversed(sizes) for _ in range(2)])
             if len(self._probes) > _MAX_PROBES:
                 self._probes.popitem(last=False)
 
@@ -118,33 +146,37 @@ class BatchRunner:
         return size
 
     def _timed(self, calls: list[Forward]) -> tuple[list[Any], float]:
-        key, rows = calls[0].key, sum(call.rows for call in calls)
-        expected_s = self._costs.seconds(key, rows)
+        batch = _Batch.of(calls)
+        expected_s = self._costs.seconds(batch.key, batch.rows)
         patience_s = _UNKNOWN_PATIENCE_S if expected_s is None else max(_PATIENCE_S, _PATIENCE_FACTOR * expected_s)
         self._read_events()
-        self._note_for_probes(key, calls[0])
+        self._note_for_probes(batch.kind, calls[0])
         start_s = time.monotonic()
         self._busy = (start_s, patience_s)
         try:
             if not _is_on_gpu(calls[0]):
                 answers = run_batch(calls)
                 seconds = time.monotonic() - start_s
-                self._costs.add(key, rows, seconds)
+                self._learn(batch, seconds)
                 return answers, seconds
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             answers = run_batch(calls)
             end.record()
-            self._unread.append((key, rows, begin, end))
+            self._unread.append((batch, begin, end))
             return answers, expected_s or 0.0
         finally:
             self._busy = None
 
     def _read_events(self) -> None:
         """On a GPU a call returns before its work is done: times are read once they are there, nothing waits."""
-        while self._unread and self._unread[0][3].query():
-            key, rows, begin, end = self._unread.popleft()
-            self._costs.add(key, rows, begin.elapsed_time(end) / 1000)
+        while self._unread and self._unread[0][2].query():
+            batch, begin, end = self._unread.popleft()
+            self._learn(batch, begin.elapsed_time(end) / 1000)
+
+    def _learn(self, batch: _Batch, seconds: float) -> None:
+        self._costs.add(batch.key, batch.rows, seconds)
+        self._apart[batch.is_beside].add(batch.kind, batch.rows, seconds)
 
 
 def _is_on_gpu(call: Forward) -> bool:

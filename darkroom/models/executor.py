@@ -34,6 +34,7 @@ from darkroom.models.program import (
 )
 from darkroom.policy.cost import CostCurve
 from darkroom.policy.fairness import ServedTime
+from darkroom.policy.fusion import GUESSED_RATIO
 from darkroom.policy.slots import SlotRequest, choose_slots
 from darkroom.policy.stepbatch import WaitingForward, choose_batch
 
@@ -271,6 +272,18 @@ class Executor:
             ticket.forwards += 1
             ticket.batched += len(programs) > 1
             self._served.add(ticket.tenant, seconds * _forward_of(program).rows / rows, time.monotonic())
+        if any(_forward_of(program).adapter for program in programs):
+            self._count_adapted(programs, rows)
+
+    def _count_adapted(self, programs: list[Program], rows: int) -> None:
+        """Notes what forwards with LoRAs cost, and what they would cost without."""
+        usual_s = self._batches.usual_s([_forward_of(program) for program in programs])
+        for program in programs:
+            forward, ticket = _forward_of(program), program.ticket
+            if forward.adapter is not None and usual_s is not None:
+                share_s = usual_s * forward.rows / rows
+                ticket.adapted_s += share_s
+                ticket.bare_s += self._batches.bare_s(forward) or share_s / GUESSED_RATIO
 
     def _took(self, program: Program, said: Any) -> None:
         """Notes what a program stopped with."""

@@ -8,6 +8,7 @@ that what can be known once is not looked up twice.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -36,6 +37,10 @@ class Adapter(Protocol):
     @property
     def company(self) -> Hashable:
         """Part of the key: None if the call can share a batch with any other adapter, and with none."""
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it costs work beside the network's; else the network has it in its weights."""
 
     def run(
         self, entry: Entry, rows: Sequence[tuple[Adapter | None, int]], args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -84,10 +89,10 @@ class Forward:
     """A call that a program waits on.
 
     `rows` is the first dimension of the first tensor argument that has one per row; `key` is equal for calls that may
-    share a batch.
+    share a batch, `kind` for calls that would, were it not for their adapters.
     """
 
-    __slots__ = ("_spec", "adapter", "args", "entry", "key", "kwargs", "leaves", "names", "rows")
+    __slots__ = ("_spec", "adapter", "args", "entry", "key", "kind", "kwargs", "leaves", "names", "rows")
 
     def __init__(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads the call; the arguments are kept as they are."""
@@ -102,12 +107,13 @@ class Forward:
         for name, value in bound.items():
             self._flatten(name, value)
         self.rows = self._count_rows()
-        self.key: Hashable = _interned(
+        self.kind: Hashable = _interned(
             id(entry) if entry.identity is None else entry.identity,
-            adapter.company if adapter else None,
             tuple(self._spec),
             tuple([self._leaf_key(name, leaf) for name, leaf in zip(self.names, self.leaves, strict=True)]),
         )
+        company = adapter.company if adapter else None
+        self.key: Hashable = self.kind if company is None else _interned(self.kind, company)
 
     def _flatten(self, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
@@ -150,6 +156,14 @@ class Forward:
         if self.adapter is None:
             return self.entry.function(*self.args, **self.kwargs)
         return self.adapter.run(self.entry, [(self.adapter, self.rows)], self.args, self.kwargs)
+
+    def bare(self) -> Forward:
+        """The call without its adapter."""
+        if self.adapter is None:
+            return self
+        other = copy.copy(self)
+        other.adapter, other.key = None, self.kind
+        return other
 
     def rebuilt(self, leaves: Sequence[Any]) -> dict[str, Any]:
         """The call's arguments by name, with other leaves."""

@@ -58,6 +58,10 @@ class Ticket:
     """Of those, how many shared a batch with another program's."""
     pushed_out: int = 0
     """How often it lost its slot."""
+    adapted_s: float = 0.0
+    """Seconds of the device that forwards with LoRAs took: of each batch, the share of its rows."""
+    bare_s: float = 0.0
+    """Seconds that the same forwards take by themselves on the network's own weights."""
 
 
 @dataclass(slots=True)

@@ -13,11 +13,12 @@ import structlog
 import torch
 
 from darkroom.errors import DarkroomError, Moved, QueueFull, Stalled
-from darkroom.models.adapters import Adapters
+from darkroom.models.adapters import Adapters, Combination
 from darkroom.models.executor import EngineCounts, Executor
 from darkroom.models.loader import Part, load_part, part_sizes
 from darkroom.models.lone import LoneNetwork, OnDemand
 from darkroom.models.lora_file import Refused, weights_file
+from darkroom.models.merging import MergedPairs, MergedState
 from darkroom.models.program import Ticket
 from darkroom.models.remote import Send
 from darkroom.models.residency import Residency
@@ -42,6 +43,8 @@ class ReplicaState:
     stage: str
     device: str
     parts: tuple[Part | LoneNetwork, ...]
+    merged: Mapping[str, tuple[MergedState, ...]]
+    """Pairs that are kept merged, by model id."""
     running_count: int
     finished_count: int
     engine: EngineCounts
@@ -95,6 +98,7 @@ class StageReplica:
         self._tiers = PartTiers(self.store, stage)
         self.share(self._parts)
         self._max_lora_bytes = max_lora_bytes
+        self._merging: MergedPairs | None = None
         self._running = self._finished = 0
         self._start_s = time.monotonic()
         self.send: Send | None = None
@@ -141,6 +145,8 @@ class StageReplica:
 
     def _announce_dropped(self, dropped: LoneNetwork | Part) -> None:
         self._announced.pop(dropped.model_id, None)
+        if self._merging and dropped.model_id not in self._parts:  # not only what was made of it
+            self._merging.forget(dropped.model_id)
         if isinstance(dropped, Part):
             adapters = dropped.beside.pop("loras", None)
             if adapters:
@@ -211,22 +217,52 @@ class StageReplica:
         work.add_done_callback(lambda _: self._prefetching.discard(lora_id))
 
     @contextlib.asynccontextmanager
-    async def adapted(self, part: Part, loras: Sequence[LoraUse]) -> AsyncIterator[Mapping[str, torch.nn.Module]]:
+    async def adapted(
+        self, part: Part, loras: Sequence[LoraUse], ticket: Ticket | None = None
+    ) -> AsyncIterator[Mapping[str, torch.nn.Module]]:
         """Stand-ins that draw with these LoRAs, by component, held while inside; read beside whatever runs.
 
-        Raises LoraNotFound, InvalidField, UnusableLora, QueueFull or DeviceFull.
+        A request that gives its ticket, and does not have to run alone, gets weights with the LoRAs merged where they
+        are kept so. Raises LoraNotFound, InvalidField, UnusableLora, QueueFull or DeviceFull.
         """
         if not loras:
             yield {}
             return
         self._residency.uses(use.lora_id for use in loras)
-        adapters = part.beside.get("loras")
-        if adapters is None:
-            adapters = part.beside["loras"] = self._adapters_of(part)
-        with await adapters.load(loras) as combination:
-            yield combination.stand_ins()
+        uses = tuple(loras)
+        merging = self._merging_of(part) if ticket and not ticket.alone else None
+        merged = merging.take(part, uses) if merging else None
+        with merged or await self._adapters_of(part).load(uses) as held:
+            yield held.stand_ins()
+        if merging and ticket:
+            merging.ran(part, uses, ticket, held.loras if isinstance(held, Combination) else None)
+
+    def keep_merged(self, most: int, max_bytes: float) -> None:
+        """From now on keeps up to so many pairs of a model and LoRAs merged, in so many bytes together."""
+        self._merging = MergedPairs(
+            most=most,
+            max_bytes=max_bytes,
+            borrow=self._borrowed,
+            room=lambda model_id: self._parts.beside(model_id, f"merged {model_id}"),
+            free_bytes=lambda: self._residency.free_bytes,
+        )
+        self._residency.spare = self._merging.spare
+
+    def _merging_of(self, part: Part) -> MergedPairs | None:
+        """What keeps pairs of a part merged; a part with IP-Adapters, made of another, has none."""
+        return self._merging if any(part is own for own in self._parts.loaded) else None
+
+    @contextlib.asynccontextmanager
+    async def _borrowed(self, model_id: str) -> AsyncIterator[Adapters | None]:
+        with self.holding():
+            yield self._adapters_of(await self._parts.get(model_id)) if model_id in self._parts else None
 
     def _adapters_of(self, part: Part) -> Adapters:
+        adapters: Adapters = part.beside.get("loras") or self._new_adapters(part)
+        part.beside["loras"] = adapters
+        return adapters
+
+    def _new_adapters(self, part: Part) -> Adapters:
         room = self._parts.beside(part.model_id, f"loras {id(part)}")  # with IP-Adapters, it is a part of its own
         adapters = Adapters(part, self.store, self._max_lora_bytes, room)
         weakref.finalize(adapters, room.release).atexit = False
@@ -268,6 +304,7 @@ class StageReplica:
             stage=self.stage,
             device=str(self._device),
             parts=tuple(sorted(held, key=lambda part: part.model_id)),
+            merged={part.model_id: self._merging.states(part.model_id) for part in held} if self._merging else {},
             running_count=self._running,
             finished_count=self._finished,
             engine=self._executor.counts,
@@ -276,5 +313,7 @@ class StageReplica:
 
     def close(self) -> None:
         """Ends the executor; a stalled one ends with its process."""
+        if self._merging:
+            self._merging.close()
         if not self._stalled.done():
             self._executor.close()

@@ -6,6 +6,7 @@ All of it runs on one event loop.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -62,6 +63,10 @@ class Beside:
         """What it has."""
         return self.entry.sizes.get(self.name, 0)
 
+    def shrink(self, size_bytes: int) -> None:
+        """Has no more than so many from now on."""
+        self.residency.shrink(self.entry, self.name, size_bytes)
+
     def release(self) -> None:
         """Has none any more. May be called from any thread."""
         self.entry.sizes = {name: size for name, size in self.entry.sizes.items() if name != self.name}
@@ -87,6 +92,8 @@ class Residency:
         self._evict = self._eviction.of(Tier.DEVICE, self._held_bytes)
         self._entries: list[Entry] = []
         self._released = asyncio.Event()
+        self.spare: Callable[[int], None] = lambda _needed_bytes: None
+        """Asked, before any entry goes, to let go of so many bytes that are worth less, as far as there are such."""
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -137,14 +144,24 @@ class Residency:
 
     async def grow(self, entry: Entry, name: str, size_bytes: int) -> None:
         """Counts what is kept beside an entry and goes with it, in place of what has that name. Raises DeviceFull."""
-        before = entry.sizes
-        entry.sizes = {**before, name: size_bytes}
+        before_bytes = entry.sizes.get(name, 0)
+        entry.sizes = {**entry.sizes, name: size_bytes}
         try:
             await self._wait_for_room(entry)
         except DeviceFull:
-            entry.sizes = before
+            self.shrink(entry, name, before_bytes)
             raise
         self._released.set()  # it may have become smaller
+
+    def shrink(self, entry: Entry, name: str, size_bytes: int) -> None:
+        """Counts less of what is kept beside an entry."""
+        entry.sizes = {**entry.sizes, name: size_bytes}
+        self._released.set()
+
+    @property
+    def free_bytes(self) -> float:
+        """What nothing has; infinite without a bound."""
+        return self.budget_bytes - _total(self._entries) if self.budget_bytes else math.inf
 
     def has_room(self, entry: Entry, name: str, size_bytes: int) -> bool:
         """Whether an entry can grow so without anything else going."""
@@ -178,6 +195,9 @@ class Residency:
         """Drops idle entries until this one fits. False, and nothing dropped, if it would not even then."""
         if not self.budget_bytes:
             return True
+        needed = _total((*self._entries, entry)) - self.budget_bytes
+        if needed > 0:
+            self.spare(needed)
         going: list[Entry] = []
         while (needed := _total((*self._without(going), entry)) - self.budget_bytes) > 0:
             chosen = self._chosen([*going, entry], needed)

@@ -14,6 +14,7 @@ from typing import Self
 
 import grpc
 
+from darkroom.policy.fusion import MOST_PAIRS
 from darkroom.runtime.channels import Channels
 from darkroom.runtime.processes import Child, Supervisor, etcd_program, free_port
 from darkroom.store.evicting import EvictionKind
@@ -55,6 +56,8 @@ class ClusterConfig:
     """What leaves a stage's tiers first: what costs requests least, or what was used longest ago."""
     hour_prefetch: bool | None = None
     """Whether the cache manager brings warm models near by the hour of the day."""
+    merged_pairs: int | None = None
+    """Pairs of a model and LoRAs that each denoiser keeps merged, at most."""
     preload: tuple[str, ...] = ()
     """Models that every stage loads before it takes requests."""
     default_model: str = "shapes"
@@ -78,6 +81,8 @@ class ClusterConfig:
         for name in ("store_cache_bytes", "host_cache_bytes", "pool_bytes", "device_budget_bytes"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if not 0 <= (self.merged_pairs or 0) <= MOST_PAIRS:
+            raise ValueError(f"merged_pairs must be 0 to {MOST_PAIRS}, not {self.merged_pairs}")
         check_store(self.model_store)
 
 
@@ -110,6 +115,11 @@ def stage_flags(config: ClusterConfig) -> list[str]:
 def cachemgr_flags(config: ClusterConfig) -> list[str]:
     """What every cache manager is told, in the same way."""
     return [*store_flags(config), *_flags({"--hour-prefetch": config.hour_prefetch})]
+
+
+def denoiser_flags(config: ClusterConfig) -> list[str]:
+    """What every denoiser is told, in the same way."""
+    return [*stage_flags(config), *_flags({"--merged-pairs": config.merged_pairs})]
 
 
 def _flags(asked: Mapping[str, object]) -> list[str]:
@@ -179,6 +189,7 @@ class LocalCluster:
         await self._supervisor.add(self._etcd())
         config = self._config
         cachemgr, stage = cachemgr_flags(config), stage_flags(config)
+        flags = {"encoder": stage, "denoiser": denoiser_flags(config), "vae": stage}
         await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *cachemgr])
         for number in range(2, config.cachemgrs + 1):
             await self._add_service(f"cachemgr-{number}", "cachemgr", ["--address", "127.0.0.1:0", *cachemgr])
@@ -187,7 +198,7 @@ class LocalCluster:
         )
         for service, count in self._counts().items():
             for number in range(1, count + 1):
-                await self._add_service(f"{service}-{number}", service, stage)
+                await self._add_service(f"{service}-{number}", service, flags[service])
 
     def _counts(self) -> dict[str, int]:
         return {"encoder": self._config.encoders, "denoiser": self._config.denoisers, "vae": self._config.vaes}

@@ -32,7 +32,7 @@ from darkroom.runtime.networks import NetworkCalls, NetworkServicer
 from darkroom.runtime.server import Mounted, Server
 from darkroom.store.evicting import Eviction, EvictionKind
 from darkroom.store.opening import DEFAULT_CACHE, DEFAULT_CACHE_BYTES, check_store, is_url, open_source
-from darkroom.v1 import network_pb2, network_pb2_grpc, stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
+from darkroom.v1 import lora_pb2, network_pb2, network_pb2_grpc, stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
 from darkroom.wire.times import duration
 
 _log = structlog.get_logger()
@@ -177,12 +177,13 @@ class StageProcess:
             max_lora_bytes=config.lora_bytes,
             device_budget_bytes=budget_bytes,
         )
+        self.rooms = rooms_of(config, budget_bytes)
         member = Member(
             replica_id=replica_id,
             stage=stage,
             address=self.shelf.address,
             device=config.device,
-            rooms=rooms_of(config, budget_bytes),
+            rooms=self.rooms,
         )
         self._registration = Registration(self._registry, member)
         self._plans = PlanView(self._registry)
@@ -292,7 +293,18 @@ def state_message(state: ReplicaState, *, draining: bool) -> stage_pb2.DescribeR
             for n in part.network_states()
         ]
         models.append(
-            stage_pb2.LoadedModel(model_id=part.model_id, networks=networks, load_duration=duration(part.load_s))
+            stage_pb2.LoadedModel(
+                model_id=part.model_id,
+                networks=networks,
+                load_duration=duration(part.load_s),
+                merged_pairs=[
+                    stage_pb2.MergedPair(
+                        loras=[lora_pb2.Lora(lora_id=use.lora_id, scale=use.scale) for use in pair.loras],
+                        size_bytes=pair.size_bytes,
+                    )
+                    for pair in state.merged.get(part.model_id, ())
+                ],
+            )
         )
     return stage_pb2.DescribeReplicaResponse(
         replica_id=state.replica_id,

@@ -1,5 +1,6 @@
 import datetime
 
+from darkroom.v1 import lora_pb2 as _lora_pb2
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -40,14 +41,24 @@ class Network(_message.Message):
     def __init__(self, name: _Optional[str] = ..., resident_bytes: _Optional[int] = ..., parameter_count: _Optional[int] = ...) -> None: ...
 
 class LoadedModel(_message.Message):
-    __slots__ = ("model_id", "networks", "load_duration")
+    __slots__ = ("model_id", "networks", "load_duration", "merged_pairs")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     NETWORKS_FIELD_NUMBER: _ClassVar[int]
     LOAD_DURATION_FIELD_NUMBER: _ClassVar[int]
+    MERGED_PAIRS_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     networks: _containers.RepeatedCompositeFieldContainer[Network]
     load_duration: _duration_pb2.Duration
-    def __init__(self, model_id: _Optional[str] = ..., networks: _Optional[_Iterable[_Union[Network, _Mapping]]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    merged_pairs: _containers.RepeatedCompositeFieldContainer[MergedPair]
+    def __init__(self, model_id: _Optional[str] = ..., networks: _Optional[_Iterable[_Union[Network, _Mapping]]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., merged_pairs: _Optional[_Iterable[_Union[MergedPair, _Mapping]]] = ...) -> None: ...
+
+class MergedPair(_message.Message):
+    __slots__ = ("loras", "size_bytes")
+    LORAS_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    loras: _containers.RepeatedCompositeFieldContainer[_lora_pb2.Lora]
+    size_bytes: int
+    def __init__(self, loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., size_bytes: _Optional[int] = ...) -> None: ...
 
 class DescribeReplicaResponse(_message.Message):
     __slots__ = ("replica_id", "stage", "device", "models", "running_count", "finished_count", "batch_count", "forward_count", "draining", "uptime_duration")

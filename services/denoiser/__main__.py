@@ -24,6 +24,8 @@ async def main(config: DenoiserConfig) -> None:
         await process.run_for_others(controlnets)
         return
     process.replica.share(controlnets)
+    if config.merged_pairs:
+        process.replica.keep_merged(config.merged_pairs, process.rooms.device_bytes)
     ip_adapters = IpAdapters(process.store, process.send)
     process.replica.on_dropped = ip_adapters.forget_model
     denoising = Denoising(process.replica, process.source, controlnets, ip_adapters)

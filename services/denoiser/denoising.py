@@ -122,7 +122,7 @@ class Denoising:
 
             journal.on_step = on_step
             conditions = await self._conditions(task, part)
-            async with self._replica.adapted(part, task.loras) as stand_ins:
+            async with self._replica.adapted(part, task.loras, journal.ticket) as stand_ins:
                 program = partial(denoise, part, task, embeddings, journal, stand_ins=stand_ins, conditions=conditions)
                 work = asyncio.create_task(self._replica.run(program, journal.ticket))
                 try:

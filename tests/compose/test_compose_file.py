@@ -140,11 +140,13 @@ def test_bounds_and_a_stores_url_reach_the_services() -> None:
         DARKROOM_STORE_CACHE_BYTES="2GiB",
         DARKROOM_EVICTION="lru",
         DARKROOM_HOUR_PREFETCH="true",
+        DARKROOM_MERGED_PAIRS="50",
         AWS_ACCESS_KEY_ID="key",
     )
     for name in STAGES:
         said = _told(services[name], CONFIGS[name])
         assert (said.device_budget_bytes, said.host_cache_bytes, said.eviction) == (8 << 30, 1 << 30, "lru")
+    assert _told(services["denoiser"], DenoiserConfig).merged_pairs == 50
     for name in (*STAGES, "cachemgr"):
         said = _told(services[name], CONFIGS[name])
         assert (said.model_store, said.store_cache_bytes) == ("s3://weights/models", 2 << 30)

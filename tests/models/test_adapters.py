@@ -13,15 +13,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 
 from darkroom.errors import QueueFull, UnusableLora
 from darkroom.models.adapters import Adapters, Combination
 from darkroom.models.executor import Executor
 from darkroom.models.loader import Part, load_part
 from darkroom.models.lora import Lora
-from darkroom.models.own import fresh_scheduler, own_copy
 from darkroom.wire.tasks import LoraUse
+from tests.models.lora_runs import (
+    Uses,
+    denoised,
+    embeddings,
+    encoded,
+    latents,
+    plain_pipeline,
+    plain_with,
+    relative,
+    uses_of,
+    with_loras,
+)
 from tests.tiny_loras import (
     denoiser_of,
     diffusers_names,
@@ -41,7 +51,6 @@ pytestmark = [  # of the plain pipelines
 ]
 
 MODELS = ("tiny-sd", "tiny-sdxl", "tiny-sd3", "tiny-flux")
-Uses = tuple[tuple[str, float], ...]
 
 
 @pytest.fixture
@@ -54,66 +63,6 @@ def executor() -> Iterator[Executor]:
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
     return tmp_path
-
-
-def plain_pipeline(models: Path, model_id: str) -> DiffusionPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(models / model_id)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def plain_with(models: Path, model_id: str, store: Path, uses: Uses) -> DiffusionPipeline:
-    """Diffusers' own way to the same weights."""
-    pipeline = plain_pipeline(models, model_id)
-    for lora_id in dict.fromkeys(lora_id for lora_id, _ in uses):
-        pipeline.load_lora_weights(store / lora_id, adapter_name=lora_id)
-    pipeline.set_adapters([lora_id for lora_id, _ in uses], [scale for _, scale in uses])
-    return pipeline
-
-
-@torch.no_grad()
-def embeddings(models: Path, part: Part) -> dict[str, torch.Tensor]:
-    answer = encoded(plain_pipeline(models, part.model_id), part)
-    (encoding,) = part.family.encodings
-    return {name: value for name, value in zip(encoding.returns, answer, strict=True) if name}
-
-
-def encoded(pipeline: DiffusionPipeline, part: Part) -> list[torch.Tensor]:
-    taken = pipeline.encode_prompt.__code__.co_varnames
-    options: dict[str, Any] = {name: None for name in ("prompt_2", "prompt_3") if name in taken}
-    if part.family.classifier_free:
-        options["do_classifier_free_guidance"] = True
-    return list(pipeline.encode_prompt("a ring", device="cpu", num_images_per_prompt=1, **options))
-
-
-def latents(pipeline: DiffusionPipeline, given: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
-    answer: torch.Tensor = pipeline(
-        **given,
-        num_inference_steps=3,
-        guidance_scale=3.0,
-        width=32,
-        height=32,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-        return_dict=False,
-    )[0]
-    return answer
-
-
-def with_loras(part: Part, combination: Combination | None) -> DiffusionPipeline:
-    pipeline = own_copy(part)
-    pipeline.scheduler = fresh_scheduler(part.pipeline.scheduler, "")
-    for name, stand_in in (combination.stand_ins() if combination else {}).items():
-        setattr(pipeline, name, stand_in)
-    return pipeline
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-9))
-
-
-def uses_of(uses: Uses) -> tuple[LoraUse, ...]:
-    return tuple(LoraUse(lora_id, scale) for lora_id, scale in uses)
 
 
 def plain_latents(
@@ -133,11 +82,6 @@ def plain_latents(
         adapted.set_adapters([lora_id for lora_id, _ in uses], [scale for _, scale in uses])
         expected.append(latents(adapted, given, 5))
     return expected
-
-
-def denoised(part: Part, combination: Combination | None, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The program of a request with LoRAs, or without."""
-    return latents(with_loras(part, combination), given, 5)
 
 
 async def check_against_diffusers(
@@ -345,7 +289,7 @@ async def test_what_nobody_holds_goes_for_good_when_room_is_needed(tiny_store: P
     gone = []
     for i in range(1, 5):
         with await adapters.load([LoraUse(f"lora-{i}", 1.0)]) as combination:
-            gone.append(weakref.ref(combination._loras[0].lora.networks["unet"]["down_blocks.0.resnets.0.conv1"].down))
+            gone.append(weakref.ref(combination.loras[0].lora.networks["unet"]["down_blocks.0.resnets.0.conv1"].down))
         del combination
     assert list(adapters.resident()) == ["lora-0", "lora-3", "lora-4"]
     gc.collect()

@@ -289,7 +289,7 @@ async def test_factors_are_worked_out_once_for_a_scale_and_kept_for_few(
     save_lora_for(tmp_path, "ink", tiny_store / "tiny-sd", seed=1, dora=True)
     adapters = Adapters(part, tmp_path)
     loads = [adapters.load([LoraUse("ink", scale)]) for scale in (0.5, 0.5, 0.7)]
-    first, again, other = [combination._loras[0].factors["unet"] for combination in await asyncio.gather(*loads)]
+    first, again, other = [combination.loras[0].factors["unet"] for combination in await asyncio.gather(*loads)]
     assert first is again
     module = CONV.removeprefix("unet.")
     assert not torch.equal(first[module], other[module])

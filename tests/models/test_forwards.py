@@ -45,6 +45,7 @@ class Scaling:
     factor: float
     can_mix: bool = True
     company: Hashable = None
+    is_beside: bool = True
     runs: list[list[int]] = field(default_factory=list, compare=False)
 
     def run(
