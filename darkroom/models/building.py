@@ -5,7 +5,7 @@ The rule: what is not understood is not attempted. `Unhandled` says why, and the
 
 import json
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ class Unhandled(Exception):
     """A network that cannot be built over tensors. The message says why."""
 
 
-def weights_files(kind: type, folder: Path) -> tuple[list[Path], bool]:
+def weights_files(kind: type, folder: Path, present: Collection[Path]) -> tuple[list[Path], bool]:
     """The files that `from_pretrained` would read, and whether they are shards. Raises Unhandled, ValueError, OSError.
 
-    diffusers looks for shards first, transformers for one file.
+    `present`: weights in the folder. diffusers looks for shards first, transformers for one file.
     """
     is_transformers = issubclass(kind, PreTrainedModel)
     whole = folder / (_TRANSFORMERS_NAME if is_transformers else _DIFFUSERS_NAME)
     index = whole.with_name(f"{whole.name}.index.json")
-    if whole.is_file() and (is_transformers or not index.is_file()):
+    if whole in present and (is_transformers or not index.is_file()):
         return [whole], False
     if not index.is_file():
         raise Unhandled(f"it has no {whole.name}")

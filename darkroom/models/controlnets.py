@@ -106,7 +106,7 @@ def load_controlnet(
         else:
             network = meta_network(getattr(diffusers, name), folder)
             home = Home(_STAGE, controlnet_id, _NAME)
-            face = Remote(network, home, send, device=device, dtype=running_dtype(folder, device))
+            face = Remote(network, home, send, device=device, dtype=running_dtype(store, folder, device))
     except LOADING_ERRORS as error:
         raise UnusableModel(controlnet_id, f"loading it failed ({type(error).__name__})") from error
     return ControlNet(
@@ -138,7 +138,7 @@ def controlnet_sizes(where: Path | ModelStore, controlnet_id: str, device: torch
         raise ModelNotFound(controlnet_id)
     store.fetch_weights(controlnet_id, ".")
     try:
-        return dict([network_size(getattr(diffusers, _class_name(folder, controlnet_id)), folder, device)])
+        return dict([network_size(store, getattr(diffusers, _class_name(folder, controlnet_id)), folder, device)])
     except LOADING_ERRORS as error:
         raise UnusableModel(controlnet_id, f"loading it failed ({type(error).__name__})") from error
 

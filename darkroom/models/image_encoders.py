@@ -72,7 +72,7 @@ def image_encoder_sizes(where: Path | ModelStore, adapter_id: str, device: torch
     store.fetch_weights(adapter_id, NAME)
     folder = store.root / adapter_id / NAME
     try:
-        return dict([network_size(getattr(transformers, _class_name(folder)), folder, device)])
+        return dict([network_size(store, getattr(transformers, _class_name(folder)), folder, device)])
     except LOADING_ERRORS as error:
         raise UnusableModel(adapter_id, f"loading its image encoder failed ({type(error).__name__})") from error
 

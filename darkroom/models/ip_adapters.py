@@ -171,21 +171,21 @@ def _check_encoders(store: ModelStore, adapter_ids: Sequence[str]) -> None:
         store.fetch_weights(adapter_id, ENCODER)
     folders = [(store.root / adapter_id / ENCODER).resolve() for adapter_id in adapter_ids]
     for position, folder in enumerate(folders):
-        if folder != folders[0] and _digests(folder) != _digests(folders[0]):
+        if folder != folders[0] and _digests(store, folder) != _digests(store, folders[0]):
             problem = f"({adapter_ids[position]}) has another image encoder than the first"
             raise InvalidField(f"ip_adapters[{position}]", problem)
 
 
-def _digests(folder: Path) -> list[bytes]:
+def _digests(store: ModelStore, folder: Path) -> list[str]:
     """Of weights and configs."""
-    files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.json")))
-    return [_digest(path, path.stat().st_mtime_ns) for path in files]
+    files = sorted((*store.weights(folder), *folder.glob("*.json")))
+    return [store.promised(path) or _digest(path, path.stat().st_mtime_ns) for path in files]
 
 
 @functools.lru_cache(maxsize=256)
-def _digest(path: Path, _changed_ns: int) -> bytes:
+def _digest(path: Path, _changed_ns: int) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _check_projections(projection: Any, encoder: ImageEncoder, adapter_ids: Sequence[str]) -> None:

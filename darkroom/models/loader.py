@@ -159,14 +159,17 @@ def part_sizes(where: Path | ModelStore, model_id: str, stage: str, device: torc
     store.fetch_weights(model_id, *names)
     try:
         return dict(
-            network_size(_component_class(model_id, name, *index[name]), folder / name, device) for name in names
+            network_size(store, _component_class(model_id, name, *index[name]), folder / name, device) for name in names
         )
     except LOADING_ERRORS as error:
         raise UnusableModel(model_id, f"loading its {stage} part failed ({type(error).__name__})") from error
 
 
 def fetch_part(where: Path | ModelStore, model_id: str, stage: str) -> None:
-    """Brings the files of a stage's part to this node. Raises ModelNotFound, UnusableModel or StoreUnavailable."""
+    """Makes sure that the files of a stage's part can be read: brings them to this node, if its disk has room.
+
+    Raises ModelNotFound, UnusableModel or StoreUnavailable.
+    """
     store = store_of(where)
     folder = store.fetch_configs(model_id)
     if not (folder / "model_index.json").is_file():
@@ -175,15 +178,17 @@ def fetch_part(where: Path | ModelStore, model_id: str, stage: str) -> None:
 
 
 def part_files(where: Path | ModelStore, model_id: str, stage: str) -> list[Path] | None:
-    """The weights of a stage's part, where all of them lie on this node; None where not, or where nobody can tell."""
+    """The weights of a stage's part, where all of them can be read; None where not, or where nobody can tell."""
     store = store_of(where)
     folder = store.root / model_id
     try:
         index, family = _read_family(store, folder)
         found: list[Path] = []
+        present: set[Path] = set()
         for name in _networks_of(model_id, index, family, stage):
-            found += files_of(_component_class(model_id, name, *index[name]), folder / name)
-        return found if all(path.is_file() for path in found) else None
+            found += files_of(store, _component_class(model_id, name, *index[name]), folder / name)
+            present.update(store.weights(folder / name))
+        return found if present.issuperset(found) else None
     except (DarkroomError, *LOADING_ERRORS):
         return None
 

@@ -39,15 +39,15 @@ def weights_file(store: ModelStore, lora_id: str) -> Path:
         raise FileNotFoundError(lora_id) from error
     except UnusableModel as error:
         raise Refused(error.facts["problem"]) from error
-    if folder.parent != root or not folder.is_dir() or (folder / "model_index.json").exists():
+    if folder.parent != root or (folder / "model_index.json").exists():
         raise FileNotFoundError(lora_id)
-    found = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    found = store.weights(folder)
     if not found:
         raise FileNotFoundError(lora_id)
     if len(found) > 1:
         raise Refused(f"has {len(found)} files of weights, not one")
     path = found[0].resolve()
-    if not path.is_relative_to(root) or not path.is_file():
+    if not path.is_relative_to(root):
         raise Refused("has its weights outside the model store")
     return path
 
@@ -69,7 +69,7 @@ def check_base(folder: Path, model_id: str) -> None:
 def read_tensors(store: ModelStore, path: Path, max_bytes: int) -> tuple[Tensors, dict[str, Any] | None]:
     """Every tensor of the file, finite, and what the file says of how it was trained. Raises Refused."""
     try:
-        size_bytes = path.stat().st_size
+        size_bytes = store.size_bytes(path)
         if size_bytes > max_bytes:
             raise Refused(f"has a file of {size_bytes} bytes; at most {max_bytes} are allowed")
         file = store.read(path)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from darkroom.errors import UnusableModel
+from darkroom.errors import StoreUnavailable, UnusableModel
 from darkroom.models.loader import fetch_part, part_files
 from darkroom.models.store.host import Corrupt
 from darkroom.models.store.model_store import ModelStore
@@ -34,6 +34,8 @@ class PartTiers:
         """Brings a part to disk or memory. Raises ModelNotFound, UnusableModel or StoreUnavailable."""
         fetch_part(self._store, model_id, self._stage)
         self._known.add(model_id)
+        if tier is Tier.DISK and not all(path.is_file() for path in self._files(model_id)):
+            raise StoreUnavailable(model_id, "this node's disk has no room for its files")
         if tier is Tier.HOST:
             try:
                 for path in self._files(model_id):
@@ -51,13 +53,16 @@ class PartTiers:
     def _seen(self, copy: Copy, model_id: str) -> Copy:
         paths = self._files(model_id)
         try:
-            size_bytes = sum(path.stat().st_size for path in paths)
+            size_bytes = sum(self._store.size_bytes(path) for path in paths)
         except OSError:  # dropped just now
             return copy
         if not paths:
             return copy
+        is_on_disk = all(path.is_file() for path in paths)
         is_in_memory = self._store.held_bytes(model_id) >= size_bytes
-        return replace(copy, disk_bytes=size_bytes, host_bytes=size_bytes if is_in_memory else None)
+        return replace(
+            copy, disk_bytes=size_bytes if is_on_disk else None, host_bytes=size_bytes if is_in_memory else None
+        )
 
     def _files(self, model_id: str) -> list[Path]:
         return part_files(self._store, model_id, self._stage) or []

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,6 @@ from darkroom.models.store.device import to_device
 from darkroom.models.store.host import HostFile, merged, uses
 from darkroom.models.store.model_store import ModelStore, store_of
 from darkroom.policy.worth import Tier
-from darkroom.store.header import read_header
 
 _log = structlog.get_logger()
 LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError)
@@ -48,7 +46,7 @@ def load_networks(
 def _read_ahead(store: ModelStore, kind: Any, folder: Path) -> list[HostFile]:
     """Whatever goes wrong is said when the files are asked for."""
     with contextlib.suppress(Unhandled, DarkroomError, *LOADING_ERRORS):
-        return [store.read(path) for path in weights_files(kind, folder)[0]]
+        return [store.read(path) for path in weights_files(kind, folder, store.weights(folder))[0]]
     return []
 
 
@@ -64,7 +62,8 @@ def load_network(
 
     `on_read` is called when they are in memory, and the rest of the work begins.
     """
-    store, dtype = store or store_of(folder.parent.parent), running_dtype(folder, device)
+    store = store or store_of(folder.parent.parent)
+    dtype = running_dtype(store, folder, device)
     read_s = time.monotonic()
 
     def note_read() -> None:
@@ -90,49 +89,51 @@ def _built(
 ) -> tuple[Any, list[HostFile]]:
     """The network, on the CPU, over the bytes of files in memory where that can be done."""
     try:
-        paths, is_sharded = weights_files(kind, folder)
+        paths, is_sharded = weights_files(kind, folder, store.weights(folder))
         files = [store.read(path) for path in paths]
         on_read()
         network = build(kind, folder, merged(files), dtype, is_sharded=is_sharded)
     except Unhandled as problem:
         _log.info("built_by_its_library", network=kind.__name__, reason=str(problem))
-        for path in folder.glob("*.safetensors"):
+        for path in store.weights(folder):
             store.verify(path)
         return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True), []
     return network, files
 
 
-def running_dtype(folder: Path, device: torch.device) -> torch.dtype:
+def running_dtype(store: ModelStore, folder: Path, device: torch.device) -> torch.dtype:
     """What a network runs in: single precision on a CPU, elsewhere the type of most of the numbers stored.
 
-    Not "auto": diffusers takes that for single precision. Raises ValueError or OSError for files that are none.
+    Not "auto": diffusers takes that for single precision. Raises ValueError or OSError for files that are none, or
+    StoreUnavailable.
     """
     if device.type == "cpu":
         return torch.float32
     counts: Counter[str] = Counter()
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as file:
-            for place in read_header(file, path.stat().st_size).tensors.values():
-                counts[place.element_type] += math.prod(place.shape)
+    for path in store.weights(folder):
+        for place in store.header(path).tensors.values():
+            counts[place.element_type] += math.prod(place.shape)
     return _STORED_TYPES.get(counts.most_common(1)[0][0], torch.float32) if counts else torch.float32
 
 
-def files_of(kind: Any, folder: Path) -> list[Path]:
+def files_of(store: ModelStore, kind: Any, folder: Path) -> list[Path]:
     """A network's weights files. Raises ValueError or OSError."""
+    present = store.weights(folder)
     try:
-        return list(weights_files(kind, folder)[0])
+        return weights_files(kind, folder, present)[0]
     except Unhandled:
-        return sorted(folder.glob("*.safetensors"))
+        return present
 
 
-def network_size(kind: Any, folder: Path, device: torch.device) -> tuple[str, int]:
-    """A name for the network's files, and the bytes that it takes on the device. Raises ValueError or OSError."""
-    width, total, name = running_dtype(folder, device).itemsize, 0, f"{device}"
-    for path in files_of(kind, folder):
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            name += f"|{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
-            for place in read_header(file, status.st_size).tensors.values():
-                is_float = place.element_type[0] in "FB" and place.element_type != "BOOL"
-                total += math.prod(place.shape) * width if is_float else place.end - place.start
+def network_size(store: ModelStore, kind: Any, folder: Path, device: torch.device) -> tuple[str, int]:
+    """A name for the network's files, and the bytes that it takes on the device.
+
+    Raises ValueError, OSError or StoreUnavailable.
+    """
+    width, total, name = running_dtype(store, folder, device).itemsize, 0, f"{device}"
+    for path in files_of(store, kind, folder):
+        name += f"|{store.identity(path)}"
+        for place in store.header(path).tensors.values():
+            is_float = place.element_type[0] in "FB" and place.element_type != "BOOL"
+            total += math.prod(place.shape) * width if is_float else place.end - place.start
     return name, total

@@ -35,6 +35,14 @@ def announced(view: ClusterView, member: Member, model_id: str) -> Announced:
     )
 
 
+def _tier_behind(member: Member, residence: Residence) -> Tier:
+    """Where what leaves its device comes back from."""
+    if residence.host_bytes is not None:
+        return Tier.DISK if member.is_one_memory else Tier.HOST
+    is_here = member.rooms is None or member.rooms.disk_bytes is None or residence.disk_bytes is not None
+    return Tier.DISK if is_here else Tier.REMOTE
+
+
 def _held(view: ClusterView, member: Member) -> tuple[HeldModel, ...]:
     """The models on a replica's device."""
     counts: Counter[str] = Counter()
@@ -44,7 +52,7 @@ def _held(view: ClusterView, member: Member) -> tuple[HeldModel, ...]:
         HeldModel(
             model_id=model_id,
             size_bytes=float(residence.device_bytes),
-            back=Tier.HOST if residence.host_bytes is not None and not member.is_one_memory else Tier.DISK,
+            back=_tier_behind(member, residence),
             other_count=counts[model_id] - 1,
         )
         for model_id, residence in view.residences_of(member.replica_id).items()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 _STOP_GRACE_S = 10.0
 _MAX_BACKOFF_S = 5.0
@@ -36,9 +37,8 @@ class Child:
         return self.process.pid if self.process and self.process.returncode is None else None
 
     async def start(self) -> None:
-        """Starts the process; its output goes to the log."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        """Starts the process; its output goes to the log, or nowhere if that cannot be opened."""
+        with _opened(self.log) as log:
             self.process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", "-S", str(_LEASH), str(os.getpid())),
                 *self.command,
@@ -52,7 +52,17 @@ class Child:
 
     def tail(self, lines: int = 12) -> str:
         """The end of the log."""
+        if not self.log.is_file():
+            return "nothing: it could not be opened"
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _opened(log: Path) -> BinaryIO:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return log.open("ab")
+    except OSError:  # its disk is full: what was logged to it is worth less than what logs
+        return Path(os.devnull).open("ab")
 
 
 class Supervisor:

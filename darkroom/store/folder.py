@@ -22,7 +22,7 @@ from darkroom.store.manifest import (
     is_weights,
     manifest_path,
 )
-from darkroom.store.source import Wanted
+from darkroom.store.source import Afar, Wanted, weights_in
 
 _log = structlog.get_logger()
 
@@ -44,6 +44,14 @@ class Folder:
 
     def fetch(self, entry_id: str, wanted: Wanted) -> None:
         """Nothing to do."""
+
+    def weights(self, folder: Path) -> list[Path]:
+        """Those that lie there."""
+        return weights_in(folder)
+
+    def locate(self, path: Path) -> Path:
+        """The path."""
+        return path
 
     def weights_sizes(self) -> dict[int, float]:
         """Of all in the folder."""
@@ -67,9 +75,10 @@ class Folder:
             manifest = self._manifests.get(entry_id)
         return manifest.files.get(rest) if manifest else None
 
-    def refuse(self, path: Path) -> bool:
+    def refuse(self, found: Path | Afar, problem: str) -> bool:
         """The file stays where it is, and is refused each time until somebody repairs it."""
-        _log.error("file_refused", folder=path.parent.name, file=path.name)
+        assert isinstance(found, Path)
+        _log.error("file_refused", folder=found.parent.name, file=found.name, problem=problem)
         return False
 
     def _read_index(self) -> None:

@@ -6,9 +6,9 @@ more than `MAX_HEADER_BYTES`.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 50_000
@@ -60,7 +60,32 @@ class TensorFile:
     size_bytes: int
 
 
-def read_header(file: BinaryIO, size_bytes: int) -> TensorFile:
+class Readable(Protocol):
+    """What a header is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """The next bytes: fewer only at the end."""
+
+
+class Beginning:
+    """The first bytes of a file that comes in blocks, to read from; they stay, for whoever wants all of it."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._read_bytes = blocks, 0
+        self.taken = bytearray()
+        """All that was taken of the blocks."""
+
+    def read(self, size: int, /) -> bytes:
+        """Takes as many blocks as that needs."""
+        end = self._read_bytes + size
+        while len(self.taken) < end and (block := next(self._blocks, b"")):
+            self.taken += block
+        found = bytes(self.taken[self._read_bytes : end])
+        self._read_bytes = min(end, len(self.taken))
+        return found
+
+
+def read_header(file: Readable, size_bytes: int) -> TensorFile:
     """The header of a file of this size, read from its first byte. Raises Malformed, or OSError."""
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
     left_bytes = size_bytes - LENGTH_BYTES

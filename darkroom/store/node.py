@@ -4,7 +4,7 @@
     CACHE/stores/KEY/.darkroom/     the store's index and manifests, as last read
     CACHE/stores/KEY/ENTRY/FILE     the store's names: hard links to objects
 
-The rule: with the store down, what is here still serves.
+The rule: with the store down, what is here still serves; with the disk full, what is not here does.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import blake3
 import structlog
 
 from darkroom.errors import DarkroomError, ModelNotFound, StoreUnavailable, UnusableModel
 from darkroom.store.evicting import Eviction
-from darkroom.store.header import Malformed
+from darkroom.store.header import LENGTH_BYTES, MAX_HEADER_BYTES, Malformed
 from darkroom.store.indexing import write_atomically
 from darkroom.store.manifest import (
     FOLDER,
@@ -35,9 +35,9 @@ from darkroom.store.manifest import (
     is_weights,
     manifest_path,
 )
-from darkroom.store.objects import Objects
+from darkroom.store.objects import Fetch, NoRoom, Objects, refusing
 from darkroom.store.remote import Remote
-from darkroom.store.source import Wanted
+from darkroom.store.source import Afar, Wanted, weights_in
 
 _log = structlog.get_logger()
 _CONCURRENT_FILES = 4
@@ -48,6 +48,8 @@ _PATIENCE_S = 1.0
 """How long a newer index is waited for where there is one."""
 _REFUSED_S = 30.0
 """How long a file that the store itself has wrong is not fetched again."""
+_HEADER_BYTES = 64 << 10
+"""Asked for at first: most headers are smaller."""
 
 
 class NodeStore:
@@ -75,6 +77,8 @@ class NodeStore:
         self._read_s = -float("inf")
         self._manifests: dict[Digest, Manifest] = {}
         self._refused: dict[Digest, tuple[float, str]] = {}
+        self._afar: set[Digest] = set()
+        """Weights that the disk had no room for when they were last wanted."""
 
     @property
     def root(self) -> Path:
@@ -105,12 +109,30 @@ class NodeStore:
         manifest = self.manifest(entry_id)
         folder = self._root / entry_id
         chosen = {path: entry for path, entry in manifest.files.items() if wanted(path)}
-        if sum(entry.size_bytes for entry in chosen.values()) > self._limit_bytes:
-            raise UnusableModel(entry_id, "its files are larger than this node's cache")
+        beside = frozenset(entry.digest for entry in chosen.values())
         self._remove_outdated(folder, manifest)
         with ThreadPoolExecutor(_CONCURRENT_FILES, thread_name_prefix="fetch") as pool:
-            for done in [pool.submit(self._bring, entry_id, path, entry) for path, entry in chosen.items()]:
+            for done in [pool.submit(self._bring, entry_id, path, entry, beside) for path, entry in chosen.items()]:
                 done.result()
+
+    def weights(self, folder: Path) -> list[Path]:
+        """Those that lie there, and those that the disk had no room for."""
+        entry_id, _, rest = folder.relative_to(self._root).as_posix().partition("/")
+        manifest = self._known(entry_id) or Manifest()
+        afar = [
+            self._root / entry_id / path
+            for path, entry in manifest.files.items()
+            if entry.digest in self._afar and PurePosixPath(path).parent == PurePosixPath(rest)
+        ]
+        return sorted({*afar, *weights_in(folder)})
+
+    def locate(self, path: Path) -> Path | Afar:
+        """Afar is what the manifest names and was not kept, or is no longer: it was dropped to make room."""
+        entry = None if path.is_file() else self.expected(path)
+        if entry is None:
+            return path
+        entry_id, _, rest = path.relative_to(self._root).as_posix().partition("/")
+        return Afar(entry, lambda: self._stream(entry_id, rest, entry), lambda: self.read_header(entry_id, rest, entry))
 
     def weights_sizes(self) -> dict[int, float]:
         """By the manifests that can be read."""
@@ -129,23 +151,36 @@ class NodeStore:
             return None
         entry_id, _, rest = path.relative_to(self._root).as_posix().partition("/")
         try:
-            return self.manifest(entry_id).files.get(rest)
+            return (self._known(entry_id) or self.manifest(entry_id)).files.get(rest)
         except (ModelNotFound, UnusableModel, StoreUnavailable):
             return None
 
-    def refuse(self, path: Path) -> bool:
-        """Quarantines the file under all its names."""
-        entry = self.expected(path)
+    def refuse(self, found: Path | Afar, problem: str) -> bool:
+        """Quarantines the file under all its names; one that is afar is not read again for a while."""
+        if isinstance(found, Afar):
+            self._note_refused(found.entry.digest, problem)
+            return False
+        entry = self.expected(found)
         if entry is not None:
             self._objects.quarantine(entry.digest)
         return entry is not None
 
-    def read_start(self, entry_id: str, path: str, limit_bytes: int) -> bytes:
-        """The first bytes of a file in the store, not verified. Raises StoreUnavailable."""
-        try:
-            return self._remote.read(f"{entry_id}/{path}", limit_bytes)
-        except FileNotFoundError as error:
-            raise StoreUnavailable(entry_id, "the store lacks a file that its manifest names") from error
+    def read_header(self, entry_id: str, path: str, entry: FileEntry) -> bytes:
+        """The file's first bytes in the store up to the end of its header, not verified; fewer where that is none.
+
+        Raises StoreUnavailable.
+        """
+        with self._explained(entry_id, path, entry):
+            start = self._remote.read(f"{entry_id}/{path}", _HEADER_BYTES)
+            end = LENGTH_BYTES + int.from_bytes(start[:LENGTH_BYTES], "little")
+            if len(start) < end <= MAX_HEADER_BYTES:
+                return self._remote.read(f"{entry_id}/{path}", end)
+            return start[:end]
+
+    def _known(self, entry_id: str) -> Manifest | None:
+        """The files of an entry, as they were when they were last wanted; None if they were not. Asks nobody."""
+        digest = self._index.entries.get(entry_id) if self._index else None
+        return self._manifests.get(digest) if digest else None
 
     def _users(self) -> dict[Digest, tuple[str, ...]]:
         """Entries by the files that they have, of all whose manifest is on this node."""
@@ -158,18 +193,64 @@ class NodeStore:
                     found[file] = (*found.get(file, ()), entry_id)
         return found
 
-    def _bring(self, entry_id: str, path: str, entry: FileEntry) -> None:
+    def _bring(self, entry_id: str, path: str, entry: FileEntry, beside: frozenset[Digest]) -> None:
+        """Brings a file here. Weights stay afar if the disk has no room for them."""
         self._check_refused(entry_id, path, entry.digest)
-        try:
-            for _ in range(_ATTEMPTS):
-                found = self._objects.bring(entry, lambda: self._remote.stream(f"{entry_id}/{path}", entry.size_bytes))
-                if _name(found, entry, path, self._root / entry_id / path):
-                    return
+        with self._explained(entry_id, path, entry):
+            try:
+                self._keep(entry_id, path, entry, beside)
+                self._afar.discard(entry.digest)
+            except NoRoom as problem:
+                if not is_weights(path):
+                    what = f"this node's disk has no room, not even for {path} of {entry.size_bytes} bytes"
+                    raise StoreUnavailable(entry_id, what) from problem
+                self._leave_afar(entry_id, path, entry)
+
+    def _keep(self, entry_id: str, path: str, entry: FileEntry, beside: frozenset[Digest]) -> None:
+        """Raises NoRoom, and what fetching raises."""
+        fetch = Fetch(
+            entry=entry,
+            blocks=lambda begun: self._remote.stream(f"{entry_id}/{path}", entry, begun),
+            is_small=not is_weights(path),
+            beside=beside,
+        )
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                with refusing():
+                    found = self._objects.bring(fetch)
+                    if _name(found, entry, path, self._root / entry_id / path):
+                        return
+            except NoRoom:  # for names, perhaps
+                if attempt == _ATTEMPTS or not self._objects.give_way():
+                    raise
+            else:
                 self._objects.quarantine(entry.digest)
+        if is_weights(path):
+            raise NoRoom  # it is dropped as soon as it comes
+        raise StoreUnavailable(entry_id, "its files do not stay on this node's disk")
+
+    def _leave_afar(self, entry_id: str, path: str, entry: FileEntry) -> None:
+        if entry.digest not in self._afar:
+            self._afar.add(entry.digest)
+            held_bytes, free_bytes = self._objects.held_bytes(), self._objects.free_bytes()
+            sizes = {"limit_bytes": self._limit_bytes, "held_bytes": held_bytes, "free_bytes": free_bytes}
+            _log.warning("disk_full", entry_id=entry_id, file=path, size_bytes=entry.size_bytes, **sizes)
+
+    def _stream(self, entry_id: str, path: str, entry: FileEntry) -> Generator[bytes, None, None]:
+        """The file's blocks past the disk, refused as if they were fetched there."""
+        self._check_refused(entry_id, path, entry.digest)
+        with self._explained(entry_id, path, entry):
+            yield from self._remote.stream(f"{entry_id}/{path}", entry)
+
+    @contextlib.contextmanager
+    def _explained(self, entry_id: str, path: str, entry: FileEntry) -> Iterator[None]:
+        """What goes wrong with a file of the store inside, in terms of its entry."""
+        try:
+            yield
         except FileNotFoundError as error:
             raise StoreUnavailable(entry_id, "the store lacks a file that its manifest names") from error
         except Malformed as error:
-            self._refused[entry.digest] = (self._clock() + _REFUSED_S, str(error))
+            self._note_refused(entry.digest, str(error))
             _log.error("file_refused", entry_id=entry_id, file=path, problem=str(error))
             raise UnusableModel(
                 entry_id, f"its file {path} in the model store is not what its manifest says"
@@ -177,7 +258,9 @@ class NodeStore:
         except StoreUnavailable as error:
             _log.warning("fetch_failed", entry_id=entry_id, file=path, problem=str(error), cause=repr(error.__cause__))
             raise StoreUnavailable(entry_id, _shown(error)) from error
-        raise StoreUnavailable(entry_id, "its files do not stay on this node's disk")
+
+    def _note_refused(self, digest: Digest, problem: str) -> None:
+        self._refused[digest] = (self._clock() + _REFUSED_S, problem)
 
     def _check_refused(self, entry_id: str, path: str, digest: Digest) -> None:
         until_s, problem = self._refused.get(digest, (0.0, ""))
@@ -227,7 +310,7 @@ class NodeStore:
                 return Index.from_json(file.read_bytes())
             except (OSError, Malformed):
                 raise StoreUnavailable("its index", _shown(error)) from error
-        write_atomically(file, text)
+        _write_down(file, text)
         return index
 
     def _read_manifest(self, digest: Digest) -> bytes:
@@ -240,7 +323,7 @@ class NodeStore:
             raise StoreUnavailable("a manifest", "the store lacks it") from error
         if digest_of(text) != digest:
             raise Malformed("the manifest has another digest than the index names")
-        write_atomically(self._root / manifest_path(digest), text)
+        _write_down(self._root / manifest_path(digest), text)
         return text
 
     def _kept_manifest(self, digest: Digest) -> bytes:
@@ -249,6 +332,14 @@ class NodeStore:
         if digest_of(text) != digest:
             raise Malformed("the manifest on this node's disk is not what was fetched")
         return text
+
+
+def _write_down(file: Path, text: bytes) -> None:
+    """For when the store is down: this process knows it anyway."""
+    try:
+        write_atomically(file, text)
+    except OSError as error:
+        _log.warning("not_written_down", file=file.name, problem=repr(error))
 
 
 def _shown(error: Exception) -> str:

@@ -1,18 +1,19 @@
 """The SSD tier: files named by their digest, of bounded size together, shared by the processes of a node.
 
 The rule: a file has its name only once it is whole and verified, and one process fetches it while the others wait.
-What is being fetched lies aside and is its own lock (flock), so that a process that dies leaves neither file nor lock.
+What is being fetched lies aside (see `partial`), and what was broken off is gone on with.
 """
 
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import blake3
 import structlog
 
 from darkroom.errors import StoreUnavailable
@@ -21,12 +22,44 @@ from darkroom.policy.worth import Tier
 from darkroom.store.evicting import Eviction
 from darkroom.store.header import Malformed
 from darkroom.store.manifest import Digest, FileEntry
-from darkroom.store.remote import seconds_for
+from darkroom.store.partial import Partial, discard, taken, try_lock
+from darkroom.store.remote import Begun, Torn, seconds_for
+from darkroom.store.spare import Spare
 
 _log = structlog.get_logger()
 _POLL_S = 0.02
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MAX_QUARANTINED = 4
+_LEFT_S = 3600.0
+"""How long what was broken off waits for somebody to go on with it, unless room is needed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """A file that is wanted here."""
+
+    entry: FileEntry
+    blocks: Callable[[Begun], Iterator[bytes]]
+    """Fetches what is not here yet."""
+    is_small: bool = False
+    """Whether it may have the room that is kept aside."""
+    beside: frozenset[Digest] = frozenset()
+    """What is wanted with it, and does not go for it."""
+
+
+class NoRoom(Exception):
+    """The disk cannot take a file, whatever else would go."""
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Inside, a full disk raises NoRoom."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise NoRoom from error
 
 
 class Objects:
@@ -44,6 +77,11 @@ class Objects:
         self._evict = eviction.of(Tier.DISK, lambda _: 0)  # nothing nearer is kept for its sake
         for name in ("objects", "partial", "quarantine", "stores"):
             (folder / name).mkdir(parents=True, exist_ok=True)
+        self._spare = Spare(folder / "spare", limit_bytes)
+        self.weights_limit_bytes = limit_bytes - self._spare.most_bytes
+        """Of what is not small."""
+        with contextlib.suppress(NoRoom), refusing(), self._deciding():
+            self._spare.fill()
 
     def path(self, digest: Digest) -> Path:
         """Where the file is if it is here."""
@@ -58,22 +96,27 @@ class Objects:
             return None
         return path
 
-    def bring(self, entry: FileEntry, blocks: Callable[[], Iterable[bytes]]) -> Path:
-        """The file, fetched as `blocks` if it is not here; all who want it at once share one fetch.
+    def bring(self, fetch: Fetch) -> Path:
+        """The file, fetched if it is not here; all who want it at once share one fetch.
 
-        Raises Malformed for bytes that are not the entry's, StoreUnavailable, and what `blocks` raises.
+        Raises NoRoom, StoreUnavailable, and what its blocks raise.
         """
-        deadline_s = time.monotonic() + seconds_for(entry.size_bytes)
+        entry, deadline_s = fetch.entry, time.monotonic() + seconds_for(fetch.entry.size_bytes)
         while True:
             if found := self.find(entry.digest):
                 return found
-            with self._locked(entry.digest) as partial:
+            with refusing(), taken(self._folder / "partial" / entry.digest) as partial:
                 if partial is None:
                     if time.monotonic() > deadline_s:
                         raise StoreUnavailable(entry.digest[:12], "another process has been fetching it for too long")
                     time.sleep(_POLL_S)
                 elif not self.find(entry.digest):  # or else it came while this waited
-                    self._fetch(partial, entry, blocks)
+                    self._fetch(partial, fetch)
+
+    def give_way(self) -> bool:
+        """Makes room for a few names, of what is kept aside. Returns whether it could."""
+        with self._deciding():
+            return self._spare.give(0)
 
     def quarantine(self, digest: Digest) -> None:
         """Takes a file that is not what its name says out of use, and keeps it for whoever looks into it."""
@@ -85,62 +128,69 @@ class Objects:
         for old in sorted((self._folder / "quarantine").iterdir(), key=_used_s)[:-_MAX_QUARANTINED]:
             old.unlink(missing_ok=True)
 
+    def free_bytes(self) -> int:
+        """Of the disk."""
+        status = os.statvfs(self._folder)
+        return status.f_bavail * status.f_frsize
+
     def held_bytes(self) -> int:
         """Of all that lies in the tier's folder, what is being fetched included."""
         return sum(size for _, size in self._sizes("objects", "partial", "quarantine"))
 
-    @contextlib.contextmanager
-    def _locked(self, digest: Digest) -> Iterator[int | None]:
-        """The descriptor of the file that is being fetched, held by nobody else; None if somebody else fetches."""
-        path = self._folder / "partial" / digest
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    def _fetch(self, partial: Partial, fetch: Fetch) -> None:
+        start_s, entry = time.monotonic(), fetch.entry
+        self._reserve(partial, fetch)
+        begun = partial.resume()
         try:
-            is_ours = _try_lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, path)
-            yield descriptor if is_ours else None
-            if is_ours and _is_at(descriptor, path):
-                path.unlink()
-        except BaseException:
-            if _try_lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, path):
-                path.unlink()
+            try:
+                _receive(partial, fetch.blocks(begun))
+            except Torn as problem:
+                _log.warning("fetch_starts_again", digest=entry.digest[:12], cause=repr(problem.__cause__))
+                partial.start_again()
+                _receive(partial, fetch.blocks(Begun()))
+        except (Malformed, Torn, NoRoom, OSError):
+            partial.clear()
             raise
-        finally:
-            os.close(descriptor)
-
-    def _fetch(self, partial: int, entry: FileEntry, blocks: Callable[[], Iterable[bytes]]) -> None:
-        start_s = time.monotonic()
-        self._reserve(partial, entry)
-        hasher, offset = blake3.blake3(), 0
-        try:
-            for block in blocks():
-                hasher.update(block)
-                offset += _write(partial, block, offset)
-        except OSError as error:
-            if error.errno not in _NO_ROOM:
-                raise
-            raise _no_room(entry) from error
-        if offset != entry.size_bytes or hasher.hexdigest() != entry.digest:
-            raise Malformed("what the store sent has not the digest that its manifest names")
-        os.fchmod(partial, 0o444)
-        (self._folder / "partial" / entry.digest).rename(self.path(entry.digest))
+        partial.finish(self.path(entry.digest))
         took_s = time.monotonic() - start_s
-        self._eviction.loaded(Tier.DISK, entry.size_bytes, took_s)
-        _log.info("file_fetched", digest=entry.digest[:12], size_bytes=entry.size_bytes, fetch_s=round(took_s, 3))
+        if not begun.size_bytes:
+            self._eviction.loaded(Tier.DISK, entry.size_bytes, took_s)
+        _log.info(
+            "file_fetched",
+            digest=entry.digest[:12],
+            size_bytes=entry.size_bytes,
+            resumed_bytes=begun.size_bytes,
+            fetch_s=round(took_s, 3),
+        )
 
-    def _reserve(self, partial: int, entry: FileEntry) -> None:
-        """Room for the file, before a byte is fetched. Raises StoreUnavailable."""
-        os.ftruncate(partial, 0)
+    def _reserve(self, partial: Partial, fetch: Fetch) -> None:
+        """Room for the file, before a byte is fetched. Raises NoRoom, and has dropped nothing for it then."""
+        size_bytes, beside = fetch.entry.size_bytes, fetch.beside
+        limit_bytes = self._limit_bytes if fetch.is_small else self.weights_limit_bytes
         with self._deciding():
             self._sweep()
-            needed = self.held_bytes() + entry.size_bytes - self._limit_bytes
-            if entry.size_bytes > self._limit_bytes or (needed > 0 and self._drop(needed) < needed):
-                raise _no_room(entry)
-            try:
-                _allocate(partial, entry.size_bytes)
-            except OSError as error:
-                if error.errno not in _NO_ROOM:
-                    raise
-                self._drop(entry.size_bytes)  # others use the disk too
-                _allocate_or_refuse(partial, entry)
+            needed = self.held_bytes() - partial.room_bytes(size_bytes) + size_bytes - limit_bytes
+            if size_bytes > limit_bytes or (needed > 0 and self._drop(needed, beside) < needed):
+                raise NoRoom
+            if not fetch.is_small:
+                self._spare.fill()
+            ways: list[Callable[[], bool]] = [
+                lambda: True,
+                lambda: fetch.is_small and self._spare.give(size_bytes),
+                lambda: self._drop_for(size_bytes, beside),  # others use the disk too
+            ]
+            for way in ways:
+                with contextlib.suppress(NoRoom), refusing():
+                    if way():
+                        partial.allocate(size_bytes)
+                        return
+        raise NoRoom
+
+    def _drop_for(self, size_bytes: int, beside: Collection[Digest]) -> bool:
+        """Whether the disk should have so much free now."""
+        lacking = size_bytes - self.free_bytes()
+        needed = lacking if lacking > 0 else size_bytes  # of what is free, some may be for others
+        return self._drop(needed, beside) >= needed
 
     @contextlib.contextmanager
     def _deciding(self) -> Iterator[None]:
@@ -152,9 +202,12 @@ class Objects:
         finally:
             os.close(descriptor)
 
-    def _drop(self, needed_bytes: int) -> int:
-        """Bytes that are free now, of quarantined files first, then of what the policy chooses and nobody reads."""
-        freed = 0
+    def _drop(self, needed_bytes: int, beside: Collection[Digest]) -> int:
+        """Bytes that are free now: of quarantined files first, then of what the policy chooses and nobody reads.
+
+        If all of that would not be enough, the latter stays; `beside` does anyway.
+        """
+        freed = self._sweep(is_short=True)
         for path, size_bytes in self._sizes("quarantine"):
             path.unlink(missing_ok=True)
             freed += size_bytes
@@ -164,10 +217,11 @@ class Objects:
                 name=path.name, size_bytes=size, used_s=_used_s(path), models=users.get(Digest(path.name), ())
             )
             for path, size in self._sizes("objects")
+            if path.name not in beside
         }
         while freed < needed_bytes:
             chosen = [residents.pop(name) for name in self._evict([*residents.values()], needed_bytes - freed)]
-            if not chosen:
+            if sum(int(each.size_bytes) for each in chosen) < needed_bytes - freed:
                 break
             freed += sum(int(each.size_bytes) for each in chosen if self._drop_one(self.path(Digest(each.name))))
         return freed
@@ -179,7 +233,7 @@ class Objects:
         except FileNotFoundError:
             return False
         try:
-            if not _try_lock(descriptor, fcntl.LOCK_EX):
+            if not try_lock(descriptor, fcntl.LOCK_EX):
                 return False
             self._forget(path)
             path.unlink(missing_ok=True)
@@ -198,18 +252,13 @@ class Objects:
                     if other.stat().st_ino == inode:
                         other.unlink()
 
-    def _sweep(self) -> None:
-        """Removes what processes that died were fetching."""
-        for path, size_bytes in self._sizes("partial"):
-            if not size_bytes:
-                continue  # just made, by a process about to lock it
-            with contextlib.suppress(FileNotFoundError):
-                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    if _try_lock(descriptor, fcntl.LOCK_EX) and _is_at(descriptor, path):
-                        path.unlink()
-                finally:
-                    os.close(descriptor)
+    def _sweep(self, *, is_short: bool = False) -> int:
+        """Removes what fetches left that were broken off: what is old or of no known use, and all if room is short."""
+
+        def is_useless(path: Path, status: os.stat_result) -> bool:
+            return is_short or time.time() - status.st_mtime > _LEFT_S or Digest(path.name) not in self._users()
+
+        return sum(discard(path, functools.partial(is_useless, path)) for path, _ in self._sizes("partial"))
 
     def _sizes(self, *folders: str) -> list[tuple[Path, int]]:
         found = []
@@ -227,40 +276,7 @@ def _used_s(path: Path) -> float:
         return 0.0
 
 
-def _try_lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file still has this name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _write(descriptor: int, block: bytes, offset: int) -> int:
-    written = 0
-    while written < len(block):
-        written += os.pwrite(descriptor, memoryview(block)[written:], offset + written)
-    return written
-
-
-def _allocate(descriptor: int, size_bytes: int) -> None:
-    if size_bytes:
-        os.posix_fallocate(descriptor, 0, size_bytes)
-
-
-def _allocate_or_refuse(descriptor: int, entry: FileEntry) -> None:
-    try:
-        _allocate(descriptor, entry.size_bytes)
-    except OSError as error:
-        raise _no_room(entry) from error
-
-
-def _no_room(entry: FileEntry) -> StoreUnavailable:
-    return StoreUnavailable(entry.digest[:12], f"this node's disk has no room for its {entry.size_bytes} bytes")
+def _receive(partial: Partial, blocks: Iterator[bytes]) -> None:
+    with refusing():
+        for block in blocks:
+            partial.add(block)

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path, PurePosixPath
 
 from darkroom.errors import DarkroomError
-from darkroom.store.header import LENGTH_BYTES, MAX_HEADER_BYTES
 from darkroom.store.manifest import Digest, Manifest, is_weights
 from darkroom.store.node import NodeStore
 
@@ -44,6 +43,8 @@ class Skeleton:
                 self._built[entry_id] = digest
             except DarkroomError as error:
                 failed[entry_id] = error.message
+            except OSError as error:
+                failed[entry_id] = f"its configs cannot be kept: {error.strerror}"
         return failed
 
     def _build(self, entry_id: str, manifest: Manifest) -> None:
@@ -56,16 +57,9 @@ class Skeleton:
             if PurePosixPath(path).name in _READ:
                 shutil.copyfile(self._store.root / entry_id / path, file)
             elif is_weights(path) and "/" not in path:
-                file.write_bytes(self._header(entry_id, path))
+                file.write_bytes(self._store.read_header(entry_id, path, entry))
             else:
                 file.touch()
             os.truncate(file, entry.size_bytes)
         shutil.rmtree(self.root / entry_id, ignore_errors=True)
         partial.rename(self.root / entry_id)
-
-    def _header(self, entry_id: str, path: str) -> bytes:
-        """The file's first bytes, up to the end of its header; fewer where that is none."""
-        length = int.from_bytes(self._store.read_start(entry_id, path, LENGTH_BYTES), "little")
-        if length > MAX_HEADER_BYTES:
-            return b""
-        return self._store.read_start(entry_id, path, LENGTH_BYTES + length)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -43,12 +44,14 @@ async def test_what_has_to_leave_a_bounded_device_is_told_with_its_copies_elsewh
     view = ClusterView(registry)
     both = Residence(device_bytes=5, host_bytes=4)
     bounded, on_cpu = member("v1", STORE_HERE), member("v2", STORE_HERE, "cpu")
+    past_the_disk = member("v4", replace(STORE_AFAR, evicts=True))
     unbounded, other_stage = member("v3", STORE_AFAR), member("e1", STORE_HERE, stage="encoder")
     said: Mapping[Member, Mapping[str, Residence]] = {
         bounded: {"a": both, "b": Residence(device_bytes=2), "c": Residence(host_bytes=1)},
         on_cpu: {"a": both},
         unbounded: {"a": both},
         other_stage: {"b": both},
+        past_the_disk: {"d": Residence(device_bytes=1), "e": Residence(device_bytes=1, disk_bytes=1)},
     }
     async with running(view.run()):
         for each, residences in said.items():
@@ -62,5 +65,6 @@ async def test_what_has_to_leave_a_bounded_device_is_told_with_its_copies_elsewh
         told = announced(view, bounded, "c")
         assert told == Announced(replica_id="v1", tier=Tier.HOST, room_bytes=8.0, held=(a, b))
         assert [model.back for model in announced(view, on_cpu, "c").held] == [Tier.DISK]
+        assert [model.back for model in announced(view, past_the_disk, "c").held] == [Tier.REMOTE, Tier.DISK]
         assert announced(view, unbounded, "c") == Announced(replica_id="v3", tier=Tier.REMOTE)
         assert announced(view, bounded, "a") == Announced(replica_id="v1", tier=Tier.DEVICE)

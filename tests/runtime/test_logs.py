@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,9 +15,11 @@ import grpc
 import pytest
 
 from darkroom.runtime.channels import Channels
+from darkroom.runtime.logs import Lines
 from darkroom.runtime.processes import free_port
 from darkroom.v1 import encoder_pb2, encoder_pb2_grpc
 from tests.runtime.serving import call_raw
+from tests.store.disks import fill, needs_root, small_disk
 
 MARKER = "xyzzymarker"
 ENCODE = "/darkroom.v1.EncoderService/Encode"
@@ -81,3 +84,39 @@ async def test_no_prompt_is_ever_logged_and_every_line_is_json(tiny_store: Path,
     assert events.count("request_failed") == len(bad) + 1
     assert {"serving", "loaded", "draining", "stopped"} <= set(events)
     assert all(entry["service"] == "encoder" and entry["replica_id"] for entry in entries if "replica_id" in entry)
+
+
+_LOGGING = """
+import logging, sys, structlog
+from darkroom.runtime.logs import configure_logs
+configure_logs("test", "r")
+log = structlog.get_logger()
+for number in range(3):
+    log.info("said", number=number)
+    logging.getLogger("other").error("said too")
+print("went on")
+"""
+
+
+def test_a_log_that_takes_nothing_stops_nothing() -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", _LOGGING], stdout=subprocess.PIPE, stderr=full, check=False)
+    assert (done.returncode, done.stdout) == (0, b"went on\n")
+
+
+@needs_root
+def test_lines_are_lost_while_the_disk_is_full_and_counted_when_it_is_not(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20):
+        other = fill(tmp_path / "disk", but_bytes=4096)
+        with (tmp_path / "disk" / "log").open("ab", buffering=0) as file:
+            lines = Lines(file.fileno())
+            for number in range(8):
+                lines.write(json.dumps({"number": number, "text": "x" * 1000}) + "\n")
+            other.unlink()
+            lines.write(json.dumps({"number": 8}) + "\n")
+            lines.write(json.dumps({"number": 9}) + "\n")
+        written = (tmp_path / "disk" / "log").read_text().splitlines()
+    torn = written.pop(3)
+    assert torn.startswith('{"number": 3')
+    assert [json.loads(line).get("number") for line in written] == [0, 1, 2, None, 8, 9]
+    assert json.loads(written[3]) == {"event": "log_lines_dropped", "count": 5, "level": "error"}

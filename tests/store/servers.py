@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +22,8 @@ _CONFIG = """
 daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log; worker_processes 1;
 events {{ worker_connections 64; }}
 http {{
-  access_log {folder}/access.log; {more}
+  log_format darkroom '"$request" $status $http_range';
+  access_log {folder}/access.log darkroom; {more}
   client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
   uwsgi_temp_path {folder}; scgi_temp_path {folder};
   server {{ listen 127.0.0.1:{port}; root {root}; {inside} }}
@@ -36,9 +39,21 @@ class Nginx:
     access_log: Path
     process: "subprocess.Popen[bytes]"
 
+    @property
+    def port(self) -> int:
+        """The one it listens on."""
+        return int(self.url.rpartition(":")[2])
+
     def fetch_count(self, suffix: str) -> int:
         """How often files whose path ends so were asked for."""
         return sum(f"{suffix} HTTP" in line for line in self.access_log.read_text().splitlines())
+
+    def starts(self, suffix: str) -> list[int]:
+        """From which byte on they were asked for, each time."""
+        asked = [
+            line.rpartition(" ")[2] for line in self.access_log.read_text().splitlines() if f"{suffix} HTTP" in line
+        ]
+        return [0 if text == "-" else int(text.removeprefix("bytes=").partition("-")[0]) for text in asked]
 
     def stop(self) -> None:
         """The server is gone, its port closed."""
@@ -62,11 +77,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def nginx(root: Path, folder: Path, *, inside: str = "", more: str = "") -> Iterator[Nginx]:
+def nginx(root: Path, folder: Path, *, inside: str = "", more: str = "", port: int | None = None) -> Iterator[Nginx]:
     """Nginx over the files at `root`; `inside` and `more` go into its configuration."""
     assert NGINX is not None
     folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = port or free_port()
     config = folder / "nginx.conf"
     config.write_text(_CONFIG.format(folder=folder, root=root, port=port, inside=inside, more=more))
     process = subprocess.Popen(
@@ -80,6 +95,50 @@ def nginx(root: Path, folder: Path, *, inside: str = "", more: str = "") -> Iter
     finally:
         process.kill()
         process.wait()
+
+
+class Cutting:
+    """A TCP proxy that cuts each connection after so many bytes of what the server sends."""
+
+    def __init__(self, port: int, cut_bytes: int | None = None) -> None:
+        """In front of 127.0.0.1:`port`; None cuts nothing."""
+        self._port, self._cut_bytes = port, cut_bytes
+        self.sent_bytes = 0
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._listening.getsockname()[1])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        """Takes no more connections."""
+        self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()
+
+    def _pass_on(self, client: socket.socket) -> None:
+        left = self._cut_bytes
+        with client, socket.create_connection(("127.0.0.1", self._port)) as server:
+            asking = threading.Thread(target=_copy, args=(client, server), daemon=True)
+            asking.start()
+            with contextlib.suppress(OSError):
+                while (left is None or left > 0) and (part := server.recv(min(left or 65536, 65536))):
+                    client.sendall(part)
+                    self.sent_bytes += len(part)
+                    left = None if left is None else left - len(part)
+            for end in (client, server):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+            asking.join()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while part := source.recv(65536):
+            target.sendall(part)
 
 
 @contextlib.contextmanager
@@ -97,6 +156,25 @@ def s3_server() -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+def fill_bucket(address: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A store's files in the bucket `models`, in the folder `store`; this process finds it. Returns a client."""
+    import boto3  # noqa: PLC0415 - takes a second
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL_S3": address,
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3", endpoint_url=address)
+    client.create_bucket(Bucket="models")
+    for path in files.rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), "models", f"store/{path.relative_to(files)}")
+    return client
 
 
 def _wait_for(port: int) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from darkroom.errors import StoreUnavailable
 from darkroom.store.evicting import Eviction
 from darkroom.store.indexing import write_index
 from darkroom.store.node import NodeStore
+from darkroom.store.source import Afar
 from tests.store.files import WEIGHTS, make_store
 
 _ROOM_BYTES = 320_000
@@ -71,16 +71,16 @@ def test_a_file_that_entries_share_outlives_those_that_they_do_not(files: Path, 
     assert _held(store) == ["a", "c", "d", "twin"]
 
 
-def test_a_pinned_entry_stays_and_what_only_it_could_make_room_for_fails(files: Path, tmp_path: Path) -> None:
+def test_pinned_entries_stay_and_what_only_they_could_make_room_for_stays_afar(files: Path, tmp_path: Path) -> None:
     eviction = Eviction()
     eviction.pin({"a", "c"})
     store = _node(files, tmp_path, eviction)
     _fetch(store, *"abcd")
     assert _held(store) == ["a", "c", "d"]
     eviction.pin({"a", "c", "d"})
-    with pytest.raises(StoreUnavailable, match="no room"):
-        _fetch(store, "e")
+    _fetch(store, "e")
     assert _held(store) == ["a", "c", "d"]
+    assert isinstance(store.locate(store.root / "e" / "unet" / WEIGHTS), Afar)
     eviction.pin(())
     _fetch(store, "e")
     assert "e" in _held(store)

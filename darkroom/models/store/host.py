@@ -7,28 +7,33 @@ The rule: a file is checked before it is used: its header before anything else, 
 every tensor for numbers that are none.
 """
 
+import contextlib
+import errno
 import fcntl
+import itertools
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 from weakref import WeakValueDictionary
 
 import blake3
+import numpy as np
 import structlog
 import torch
 
 from darkroom.models.store.direct_read import ShortFile, padded_bytes, read_file
-from darkroom.models.store.pool import HostPool
+from darkroom.models.store.pool import Bytes, HostPool, available_bytes
 from darkroom.policy.eviction import Resident
 from darkroom.policy.worth import Tier
 from darkroom.store.evicting import Eviction
-from darkroom.store.header import Malformed, TensorFile, TensorPlace, read_header
-from darkroom.store.manifest import FileEntry
+from darkroom.store.header import Beginning, Malformed, Readable, TensorFile, TensorPlace, read_header
+from darkroom.store.manifest import Digest, FileEntry
+from darkroom.store.source import Afar
 
 _log = structlog.get_logger()
 _TYPES = {
@@ -50,8 +55,8 @@ _TYPES = {
 }
 _CHECKED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
-Key = tuple[int, int, int, int]
-"""Device, inode, size and time of change: names of one file have one key."""
+Key = tuple[int, int, int, int] | Digest
+"""Device, inode, size and time of change: names of one file have one key. Of a file that is afar, its digest."""
 
 
 class Corrupt(ValueError):
@@ -103,25 +108,39 @@ class HostCache:
 
     def read(self, path: Path, expected: FileEntry | None, entry_id: str = "") -> HostFile:
         """The file, from memory or from the disk, for an entry of the store. Raises Corrupt, or OSError."""
+        came = self._find(expected.digest, entry_id) if expected else None
+        if came is not None:  # past the disk, when that was full
+            return came
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Corrupt("it is no regular file")
+
+            def read() -> HostFile:
+                fcntl.flock(file, fcntl.LOCK_SH)  # the SSD tier drops nothing that is being read
+                return self._read(file, status.st_size, expected)
+
             key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            return self._once(key, entry_id, read)
+
+    def read_afar(self, afar: Afar, entry_id: str) -> HostFile:
+        """The file, from memory or past the disk. Raises Corrupt, OSError for want of memory, or what `afar` does."""
+        return self._once(afar.entry.digest, entry_id, lambda: self._receive(afar))
+
+    def _once(self, key: Key, entry_id: str, read: Callable[[], HostFile]) -> HostFile:
+        with self._lock:
+            reading = self._reading.setdefault(key, threading.Lock())
+        try:
+            with reading:
+                found = self._find(key, entry_id)
+                if found is None:
+                    found = read()
+                    found.users.add(entry_id)
+                    self._keep(key, found)
+                return found
+        finally:
             with self._lock:
-                reading = self._reading.setdefault(key, threading.Lock())
-            try:
-                with reading:
-                    found = self._find(key, entry_id)
-                    if found is None:
-                        fcntl.flock(file, fcntl.LOCK_SH)  # the SSD tier drops nothing that is being read
-                        found = self._read(file, status.st_size, expected)
-                        found.users.add(entry_id)
-                        self._keep(key, found)
-                    return found
-            finally:
-                with self._lock:
-                    self._reading.pop(key, None)
+                self._reading.pop(key, None)
 
     def forget(self, entry_id: str) -> None:
         """Keeps nothing for the entry's sake any longer; networks that use its files go on with them."""
@@ -156,28 +175,49 @@ class HostCache:
         if expected is not None and size_bytes != expected.size_bytes:
             raise Corrupt(f"it has {size_bytes} bytes, not {expected.size_bytes}")
         start_s = time.monotonic()
-        try:
-            header = read_header(file, size_bytes)
-        except Malformed as error:
-            raise Corrupt(str(error)) from error
+        header = _header(file, size_bytes)
         block = self._pool.take(padded_bytes(size_bytes))
-        with torch.inference_mode(mode=False):  # whoever asks: others share it, and inference tensors have no version
-            content = torch.from_numpy(block)[:size_bytes]
         hasher, hashed = blake3.blake3(), 0
-        check = _checker(content, header)
-        try:
+
+        def arriving() -> Iterator[int]:
+            nonlocal hashed
             for there in read_file(file.fileno(), block, size_bytes):
                 if expected is not None:
                     hasher.update(block.data[hashed:there])
                 hashed = there
-                check(there)
+                yield there
+
+        try:
+            found = _checked(block, header, arriving())
         except ShortFile as error:
             raise Corrupt(str(error)) from error
         if expected is not None and hasher.hexdigest() != expected.digest:
             raise Corrupt("it has another digest than its manifest names")
         self.read_count += 1
         self.eviction.loaded(Tier.HOST, size_bytes, time.monotonic() - start_s)
-        return HostFile(header, content)
+        return found
+
+    def _receive(self, afar: Afar) -> HostFile:
+        """What comes is verified by who sends it, once all of it has come."""
+        start_s, size_bytes = time.monotonic(), afar.entry.size_bytes
+        if size_bytes > available_bytes() + self._pool.idle_bytes:
+            raise OSError(errno.ENOMEM, f"memory has no room for {size_bytes} bytes")
+        with contextlib.closing(afar.blocks()) as blocks:
+            beginning = Beginning(blocks)
+            header = _header(beginning, size_bytes)
+            block = self._pool.take(padded_bytes(size_bytes))
+
+            def arriving() -> Iterator[int]:
+                there = 0
+                for part in itertools.chain([bytes(beginning.taken)], blocks):
+                    block[there : there + len(part)] = np.frombuffer(part, np.uint8)
+                    there += len(part)
+                    yield there
+
+            found = _checked(block, header, arriving())
+        self.eviction.loaded(Tier.DISK, size_bytes, time.monotonic() - start_s)
+        _log.info("file_streamed", digest=afar.entry.digest[:12], size_bytes=size_bytes)
+        return found
 
     def _keep(self, key: Key, file: HostFile) -> None:
         with self._lock:
@@ -212,6 +252,23 @@ def _view(content: torch.Tensor, place: TensorPlace) -> torch.Tensor:
     if span.data_ptr() % dtype.itemsize or place.start % dtype.itemsize:  # a writer that does not align
         span = span.clone()
     return span.view(dtype).view(place.shape)
+
+
+def _header(file: Readable, size_bytes: int) -> TensorFile:
+    try:
+        return read_header(file, size_bytes)
+    except Malformed as error:
+        raise Corrupt(str(error)) from error
+
+
+def _checked(block: Bytes, header: TensorFile, arriving: Iterable[int]) -> HostFile:
+    """The file that arrives in the block, its tensors looked through as they come. Raises Corrupt."""
+    with torch.inference_mode(mode=False):  # whoever asks: others share it, and inference tensors have no version
+        content = torch.from_numpy(block)[: header.size_bytes]
+    check = _checker(content, header)
+    for there in arriving:
+        check(there)
+    return HostFile(header, content)
 
 
 def _checker(content: torch.Tensor, header: TensorFile) -> Callable[[int], None]:

@@ -1,19 +1,24 @@
 """A stage's model store: files brought to this node where they are not, read into memory, verified, shared."""
 
 import contextlib
+import io
+import os
 import re
 from pathlib import Path, PurePosixPath
 
 import blake3
 import structlog
 
+from darkroom.errors import StoreUnavailable
 from darkroom.models.store.device import pin, unpin
 from darkroom.models.store.host import Corrupt, HostCache, HostFile
 from darkroom.models.store.pool import HostPool
 from darkroom.policy.pinning import size_classes
 from darkroom.store.evicting import Eviction
 from darkroom.store.folder import Folder
-from darkroom.store.source import Source, Wanted, is_small
+from darkroom.store.header import TensorFile, read_header
+from darkroom.store.manifest import Digest
+from darkroom.store.source import Afar, Source, Wanted, is_small
 
 _log = structlog.get_logger()
 _ATTEMPTS = 2
@@ -44,7 +49,7 @@ class ModelStore:
         return self.root / entry_id
 
     def fetch_weights(self, entry_id: str, *components: str) -> None:
-        """Brings the weights of these components here; "." is what lies in the entry's folder itself."""
+        """Makes sure that the weights of these components can be read; "." is the entry's folder itself."""
         self._source.fetch(entry_id, _weights_in(components))
 
     def fetch_adapter(self, entry_id: str) -> Path:
@@ -52,22 +57,56 @@ class ModelStore:
         self._source.fetch(entry_id, lambda path: "/" not in path)
         return self.root / entry_id
 
+    def weights(self, folder: Path) -> list[Path]:
+        """The weights files in a folder of the store that can be read, by name, whether they lie there or not."""
+        return self._source.weights(folder)
+
     def read(self, path: Path) -> HostFile:
         """A weights file in memory, verified; fetched once more if it is not as it should be.
 
         Raises Corrupt, OSError, or what fetching raises.
         """
         for attempt in range(1, _ATTEMPTS + 1):
+            found = self._source.locate(path)
             try:
+                if isinstance(found, Afar):
+                    return self._host.read_afar(found, self._entry_of(path))
                 return self._host.read(path, self._source.expected(path), self._entry_of(path))
-            except FileNotFoundError:  # dropped since it was fetched, to make room
-                if attempt == _ATTEMPTS or not self._fetch_again(path):
+            except FileNotFoundError:  # dropped just now, to make room
+                if attempt == _ATTEMPTS:
                     raise
             except Corrupt as problem:
                 _log.error("file_corrupt", folder=path.parent.name, file=path.name, problem=str(problem))
-                if not self._source.refuse(path) or attempt == _ATTEMPTS or not self._fetch_again(path):
+                is_mended = self._source.refuse(found, str(problem)) and attempt < _ATTEMPTS
+                if not (is_mended and self._fetch_again(path)):
                     raise
         raise AssertionError
+
+    def header(self, path: Path) -> TensorFile:
+        """A weights file's header. Raises Malformed, OSError, or StoreUnavailable."""
+        found = self._source.locate(path)
+        if isinstance(found, Afar):
+            return read_header(io.BytesIO(found.start()), found.entry.size_bytes)
+        with found.open("rb") as file:
+            return read_header(file, os.fstat(file.fileno()).st_size)
+
+    def size_bytes(self, path: Path) -> int:
+        """A weights file's size. Raises OSError."""
+        found = self._source.locate(path)
+        return found.entry.size_bytes if isinstance(found, Afar) else found.stat().st_size
+
+    def promised(self, path: Path) -> Digest | None:
+        """The digest that a file must have; None where nobody promised one."""
+        expected = self._source.expected(path)
+        return expected.digest if expected else None
+
+    def identity(self, path: Path) -> str:
+        """A name that all names of a file share. Raises OSError."""
+        promised = self.promised(path)
+        if promised is not None:
+            return promised
+        status = path.stat()
+        return f"{status.st_dev}:{status.st_ino}:{status.st_mtime_ns}"
 
     def held_bytes(self, entry_id: str) -> int:
         """Of an entry's weights files, what is kept in memory."""
@@ -78,7 +117,13 @@ class ModelStore:
         self._host.forget(entry_id)
 
     def verify(self, path: Path) -> None:
-        """Makes sure that a file which others will read is as it should be. Raises Corrupt, OSError."""
+        """Makes sure that a file which others will read is as it should be.
+
+        Raises Corrupt, OSError, or StoreUnavailable for one that is not here.
+        """
+        if isinstance(self._source.locate(path), Afar):
+            problem = "this node's disk has no room for its files, and they cannot be read past it"
+            raise StoreUnavailable(self._entry_of(path), problem)
         expected = self._source.expected(path)
         if expected is None:
             return
@@ -87,8 +132,9 @@ class ModelStore:
             while block := file.read(8 << 20):
                 digest.update(block)
         if digest.hexdigest() != expected.digest:
-            self._source.refuse(path)
-            raise Corrupt("it has another digest than its manifest names")
+            problem = "it has another digest than its manifest names"
+            self._source.refuse(path, problem)
+            raise Corrupt(problem)
 
     def _entry_of(self, path: Path) -> str:
         """The entry in whose folder the file lies; empty if in none."""

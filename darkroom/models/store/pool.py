@@ -5,10 +5,12 @@ whoever holds its array, or a tensor over it, and comes back to the pool when th
 """
 
 import mmap
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +97,15 @@ class HostPool:
         self._pin(np.frombuffer(block, np.uint8))
         self.made_count += 1
         return block
+
+
+def available_bytes() -> int:
+    """Of memory, what can still be had: no more than the machine has, whatever this process is allowed."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _advise(block: mmap.mmap, advice: Any) -> None:

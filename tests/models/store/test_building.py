@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from darkroom.models.building import Unhandled, build, weights_files
 from darkroom.models.store.host import HostCache, merged
 from darkroom.models.store.pool import HostPool
+from darkroom.store.source import weights_in
 from tests.tiny_models import TINY_MODELS
 
 _SHAPES = Path(__file__).parents[3] / "models"
@@ -31,7 +32,7 @@ def _networks(folder: Path) -> Iterator[tuple[Any, Path]]:
 
 def _both(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Any, dict[str, torch.Tensor]]:
     host = HostCache(HostPool(idle_bytes=0), limit_bytes=0)
-    paths, is_sharded = weights_files(kind, folder)
+    paths, is_sharded = weights_files(kind, folder, weights_in(folder))
     tensors = dict(merged([host.read(path, None) for path in paths]))
     ours = build(kind, folder, tensors, dtype, is_sharded=is_sharded).eval()
     theirs = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).eval()
@@ -118,4 +119,4 @@ def test_an_index_that_names_other_files_is_refused(name: Any, tmp_path: Path) -
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ValueError, match="names"):
-        weights_files(diffusers.AutoencoderKL, tmp_path)
+        weights_files(diffusers.AutoencoderKL, tmp_path, weights_in(tmp_path))
