@@ -196,6 +196,15 @@ async def test_a_load_goes_on_when_its_caller_leaves(store: Path) -> None:
         await until(lambda: not hints._loading)
 
 
+async def test_a_caller_that_leaves_takes_nothing_from_those_with_the_same_hint(store: Path) -> None:
+    async with replica_with_room(store) as replica:
+        hints = Preparations(replica, replica.part)
+        leaving, staying = [asyncio.create_task(hints.prepare(hint("a"))) for _ in range(2)]
+        await until(lambda: "a" in replica)
+        leaving.cancel()
+        assert await staying, "it was on its way"
+
+
 async def test_too_many_hints_at_once_are_refused_and_equal_ones_are_one(store: Path) -> None:
     may_load = asyncio.Event()
     calls: list[str] = []

@@ -149,6 +149,19 @@ async def test_when_the_prepared_replica_dies_another_prepares_and_runs_it(neigh
     await eventually(lambda: is_at_rest(router))
 
 
+async def test_a_replica_that_dies_while_it_prepares_is_a_suspect(neighbours: Neighbours) -> None:
+    await neighbours.stage("encoder")
+    await neighbours.stage("vae")
+    dying = await neighbours.stage("denoiser", 1, is_cold=True)
+    await neighbours.stage("denoiser", 2, is_cold=True, takes_hints=False)
+    router = await neighbours.router()
+    async with loads_held(dying, asyncio.Event()), waiting_at_the_encoder(neighbours, router) as call:
+        await eventually(lambda: MODEL in dying.replica)
+        await dying.kill()
+        await eventually(lambda: router.heard.prepared == [Preparation.UNHEARD])
+    assert attempts(await call)["denoise"] == 1, "both are cold, and the dead one would be first among equals"
+
+
 async def test_a_request_goes_elsewhere_when_its_prepared_replica_has_died_since(neighbours: Neighbours) -> None:
     await neighbours.stage("encoder")
     await neighbours.stage("vae")
