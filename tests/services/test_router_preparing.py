@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from darkroom.errors import UnusableModel
+from darkroom.errors import DarkroomError, DeviceFull, StoreUnavailable, UnusableModel
 from darkroom.v1 import router_pb2, stage_pb2, stage_pb2_grpc
 from darkroom.wire.conditions import ConditionFiles, ControlUse
 from darkroom.wire.graphs import DenoiseWork, Graph, Node
@@ -207,6 +207,31 @@ async def test_what_keeps_a_model_from_loading_is_said_by_the_request_itself(nei
     assert "denoiser part" in error.message
     await eventually(lambda: is_at_rest(router))
     assert attempts(await finish(generate(router))) == {"encode": 1, "denoise": 1, "decode": 1}
+
+
+@pytest.mark.parametrize(
+    "error", [StoreUnavailable(MODEL, "it does not answer"), DeviceFull(MODEL, "5")], ids=["store down", "device full"]
+)
+async def test_a_hint_that_fails_where_all_is_well_makes_no_suspect(
+    neighbours: Neighbours, error: DarkroomError
+) -> None:
+    await neighbours.stage("encoder")
+    denoiser = await neighbours.stage("denoiser", is_cold=True)
+    await neighbours.stage("vae")
+    router = await neighbours.router()
+
+    def fail(model_id: str) -> Any:
+        raise error
+
+    denoiser.replica._parts._load = fail
+    (encoder,) = neighbours.stages("encoder")
+    async with engine_held(encoder):
+        call = asyncio.create_task(refusal(generate(router)))
+        await eventually(lambda: encoder.running_count == 1 and router.heard.asked == ["denoiser"])
+        await eventually(lambda: not router.runner._placing.assignments._loads)
+        assert router.runner._placing._suspect_until_s == {}
+        assert not call.done()
+    assert type(await call) is type(error)
 
 
 async def test_a_caller_that_leaves_ends_the_hint_and_not_the_load(neighbours: Neighbours) -> None:
