@@ -48,8 +48,11 @@ class Ahead:
 
     def _choose(self, tried: Collection[str]) -> Member | None:
         """The replica to ask; None where nothing has to be loaded."""
+        cold = {m for m in self._placing.untried(self._node.stage, tried) if not self._placing.has_all(m, self._node)}
+        if not cold:  # as of most requests: no forecast is needed
+            return None
         member = self._placing.choose(self._node, tried, is_ahead=True)
-        return None if member is None or self._placing.has_all(member, self._node) else member
+        return member if member in cold else None
 
     def _note(self, member: Member) -> None:
         said, wanted = self._placing.said(member, self._node), self._placing.wanted(self._node)
