@@ -9,8 +9,8 @@ PROTO_BASE ?= main
 
 STYLES := outline stripes shadow
 BENCHES := overhead throughput memory stepbatch stepcache merging
-# Apart: loading wants 8 GiB of disk, cache takes hours of one core, residency half an hour.
-STORE_BENCHES := loading cache residency
+# Apart: loading wants 8 GiB of disk, cache takes hours of one core, residency half an hour, cold ten minutes.
+STORE_BENCHES := loading cache residency cold
 
 BIN := .venv/bin
 PYTHON := $(BIN)/python

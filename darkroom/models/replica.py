@@ -131,6 +131,10 @@ class StageReplica:
         """What is asked for inside stays loaded until the end; a request holds what it uses."""
         return self._residency.holding()
 
+    def preparing(self) -> contextlib.AbstractContextManager[None]:
+        """What is asked for inside only a hint asks for: it waits for no room, and takes none that is worth much."""
+        return self._residency.preparing()
+
     def share(self, shared: OnDemand[Any, Any]) -> None:
         """What requests here share beside the parts of models: it is announced and described with them."""
         self._shared.append(shared)
@@ -165,10 +169,14 @@ class StageReplica:
 
         Raises ModelNotFound, UnusableModel or StoreUnavailable. A failed load is tried again by the next request.
         """
+        self.prefetch(model_id, loras)
+        return await self._parts.get(model_id)
+
+    def prefetch(self, model_id: str, loras: Sequence[LoraUse]) -> None:
+        """Fetches the LoRAs' files unless the part that they are for is here, or on its way."""
         if model_id not in self._parts:
             for use in loras:
                 self._prefetch(use.lora_id)
-        return await self._parts.get(model_id)
 
     @property
     def is_idle(self) -> bool:

@@ -1,7 +1,8 @@
 """What a replica's device holds, and which of it requests are using.
 
 The rule: what a request uses stays until the request is done; what nobody uses goes when something else needs the room.
-All of it runs on one event loop.
+What only hints have asked for waits for no room, and makes none for what other hints ask for. All of it runs on one
+event loop.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ _log = structlog.get_logger()
 _WAIT_S = 10.0
 """How long a load waits for requests that use what is in its way."""
 _RETRY_AFTER_S = "5"
+_preparing: ContextVar[bool] = ContextVar("preparing", default=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +42,8 @@ class Entry:
     used_s: float = field(default_factory=time.monotonic)
     holder_count: int = 0
     is_loaded: bool = False
+    is_hinted: bool = field(default_factory=_preparing.get)
+    """Whether nobody but hints has asked for it yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +115,19 @@ class Residency:
                 self._eviction.ran(use.models, use.run_s)
             self._released.set()
 
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Whatever is asked for inside, by this task and those that it starts, is asked for by a hint."""
+        token = _preparing.set(True)
+        try:
+            yield
+        finally:
+            _preparing.reset(token)
+
     def hold(self, entry: Entry) -> None:
         """Holds an entry for whoever is inside `holding`; for nobody outside."""
         entry.used_s = time.monotonic()
+        entry.is_hinted = entry.is_hinted and _preparing.get()
         use = _using.get()
         if use is not None:
             use.entries.append(entry)
@@ -133,7 +147,10 @@ class Residency:
             use.run_s = (use.run_s or 0.0) + seconds
 
     async def admit(self, entry: Entry) -> None:
-        """Makes room for an entry and counts it in. Raises UnusableModel if it can never fit, or DeviceFull."""
+        """Makes room for an entry and counts it in. Raises UnusableModel if it can never fit, or DeviceFull.
+
+        For a hint nobody waits: DeviceFull comes at once, before a request could join that may wait itself.
+        """
         own_bytes = sum(entry.sizes.values())
         if self.budget_bytes and own_bytes > self.budget_bytes:
             problem = f"it needs {own_bytes} bytes, and the device has {self.budget_bytes} for models"
@@ -171,6 +188,8 @@ class Residency:
     async def _wait_for_room(self, entry: Entry) -> None:
         deadline_s = time.monotonic() + self._wait_s
         while not self._make_room(entry):
+            if entry.is_hinted:
+                raise DeviceFull(entry.name, _RETRY_AFTER_S)
             self._released.clear()
             try:
                 async with asyncio.timeout(deadline_s - time.monotonic()):
@@ -200,7 +219,7 @@ class Residency:
             self.spare(needed)
         going: list[Entry] = []
         while (needed := _total((*self._without(going), entry)) - self.budget_bytes) > 0:
-            chosen = self._chosen([*going, entry], needed)
+            chosen = self._chosen([*going, entry], needed, spares_hinted=entry.is_hinted)
             if not chosen:
                 return False
             going += chosen
@@ -214,9 +233,14 @@ class Residency:
     def _without(self, going: Collection[Entry]) -> list[Entry]:
         return [entry for entry in self._entries if entry not in going]
 
-    def _chosen(self, going: Collection[Entry], needed_bytes: int) -> list[Entry]:
+    def _chosen(self, going: Collection[Entry], needed_bytes: int, *, spares_hinted: bool) -> list[Entry]:
         """More entries that may go besides those: what shares components frees less than its size."""
-        idle = [e for e in self._without(going) if e.is_loaded and not e.holder_count and any(e.sizes.values())]
+        idle = [
+            entry
+            for entry in self._without(going)
+            if entry.is_loaded and not entry.holder_count and any(entry.sizes.values())
+            if not (entry.is_hinted and spares_hinted)
+        ]
         residents = [
             Resident(name=str(number), size_bytes=sum(each.sizes.values()), used_s=each.used_s, models=each.models)
             for number, each in enumerate(idle)

@@ -53,7 +53,20 @@ class Sent:
     tier: Tier | None
     """Where the model was when it was sent."""
     is_alone: bool
-    """Whether it found no others of this router there."""
+    """Whether it found no others of this router there, nor a load begun for it."""
+    start_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prepared:
+    """A load that a replica was asked to begin, for a request that is still to be run elsewhere first."""
+
+    replica_id: str
+    wanted: Wanted
+    tier: Tier | None
+    """Where the model was when it was asked."""
+    is_first: bool
+    """Whether this router knew of no such load there, and of no request."""
     start_s: float
 
 
@@ -75,6 +88,8 @@ class Assignments:
         self._running: Counter[str] = Counter()
         self._loads: dict[tuple[str, str], _Load] = {}
         """By replica and model; one may be done already, which its replica says."""
+        self._coming: list[Prepared] = []
+        """What is prepared for requests that were not sent yet."""
         self._worths: dict[str, Worth] = {}
         """By stage."""
 
@@ -87,13 +102,19 @@ class Assignments:
         """What it usually takes alone, without a load."""
         return self._forecast.run_s(wanted)
 
-    def candidate(self, announced: Announced, wanted: Wanted, now_s: float, *, is_suspect: bool) -> Candidate:
-        """The replica as placement sees it: a load that it has begun costs only what is left of it."""
+    def candidate(
+        self, announced: Announced, wanted: Wanted, now_s: float, *, is_suspect: bool, is_ahead: bool = False
+    ) -> Candidate:
+        """The replica as placement sees it: a load that it has begun costs only what is left of it.
+
+        `is_ahead`: of a request that is still to be run elsewhere first. Others that are will be there too by then.
+        """
         load = self._loads.get((announced.replica_id, wanted.model_id))
+        coming_count = sum(each.replica_id == announced.replica_id for each in self._coming) if is_ahead else 0
         is_loading = load is not None and announced.tier is not Tier.DEVICE
         expected = Expected(
             replica_id=announced.replica_id,
-            running_count=self._running[announced.replica_id],
+            running_count=self._running[announced.replica_id] + coming_count,
             tier=load.tier if load and is_loading else announced.tier,
             loading_s=now_s - load.since_s if load and is_loading else 0.0,
             displaced_s=0.0 if is_loading else self._displaced_s(announced, wanted, now_s),
@@ -101,13 +122,35 @@ class Assignments:
         )
         return self._forecast.candidate(expected, wanted)
 
+    def prepare(self, announced: Announced, wanted: Wanted, now_s: float) -> Prepared:
+        """Notes that the replica is asked to load for a request to come. `came` and `call_off` it in any case."""
+        is_first = not self._running[announced.replica_id] and not self._is_loading(announced, wanted)
+        self._join_load(announced, wanted, now_s)
+        prepared = Prepared(
+            replica_id=announced.replica_id, wanted=wanted, tier=announced.tier, is_first=is_first, start_s=now_s
+        )
+        self._coming.append(prepared)
+        return prepared
+
+    def loaded(self, prepared: Prepared, now_s: float) -> None:
+        """Learns from a load that was asked for and begun."""
+        if prepared.is_first and prepared.tier is not Tier.DEVICE:
+            self._forecast.add_load(prepared.wanted, now_s - prepared.start_s, prepared.tier)
+
+    def came(self, prepared: Prepared) -> None:
+        """Notes that the request is not to come any more: it is there, or gone elsewhere."""
+        self._coming = [other for other in self._coming if other is not prepared]
+
+    def call_off(self, prepared: Prepared) -> None:
+        """Counts on the load no more."""
+        self.came(prepared)
+        self._leave_load(prepared.replica_id, prepared.wanted, prepared.tier)
+
     def send(self, announced: Announced, wanted: Wanted, now_s: float) -> Sent:
         """Notes that a request goes to the replica. `close` it in any case."""
         replica_id = announced.replica_id
-        if announced.tier is not Tier.DEVICE:
-            load = self._loads.setdefault((replica_id, wanted.model_id), _Load(announced.tier, now_s))
-            load.waiting_count += 1
-        is_alone = not self._running[replica_id]
+        is_alone = not self._running[replica_id] and not self._is_loading(announced, wanted)
+        self._join_load(announced, wanted, now_s)
         self._running[replica_id] += 1
         return Sent(replica_id=replica_id, wanted=wanted, tier=announced.tier, is_alone=is_alone, start_s=now_s)
 
@@ -123,11 +166,23 @@ class Assignments:
         self._running[sent.replica_id] -= 1
         if not self._running[sent.replica_id]:
             del self._running[sent.replica_id]
-        if sent.tier is not Tier.DEVICE:
-            key = (sent.replica_id, sent.wanted.model_id)
-            self._loads[key].waiting_count -= 1
-            if not self._loads[key].waiting_count:
-                del self._loads[key]
+        self._leave_load(sent.replica_id, sent.wanted, sent.tier)
+
+    def _is_loading(self, announced: Announced, wanted: Wanted) -> bool:
+        return announced.tier is not Tier.DEVICE and (announced.replica_id, wanted.model_id) in self._loads
+
+    def _join_load(self, announced: Announced, wanted: Wanted, now_s: float) -> None:
+        if announced.tier is not Tier.DEVICE:
+            load = self._loads.setdefault((announced.replica_id, wanted.model_id), _Load(announced.tier, now_s))
+            load.waiting_count += 1
+
+    def _leave_load(self, replica_id: str, wanted: Wanted, tier: Tier | None) -> None:
+        if tier is Tier.DEVICE:
+            return
+        load = self._loads[replica_id, wanted.model_id]
+        load.waiting_count -= 1
+        if not load.waiting_count:
+            del self._loads[replica_id, wanted.model_id]
 
     def _displaced_s(self, announced: Announced, wanted: Wanted, now_s: float) -> float:
         """What later requests lose by a load there, if the least valuable leaves for it."""

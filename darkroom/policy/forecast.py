@@ -66,7 +66,11 @@ class Forecast:
         if tier is Tier.DEVICE:
             _average(self._unit_s, key, seconds / wanted.work)
         elif key in self._unit_s:
-            _average(self._load_s, (*key, tier), max(seconds - self._unit_s[key] * wanted.work, 0.0))
+            self.add_load(wanted, max(seconds - self._unit_s[key] * wanted.work, 0.0), tier)
+
+    def add_load(self, wanted: Wanted, seconds: float, tier: Tier | None) -> None:
+        """Notes that a load from `tier` alone took so long."""
+        _average(self._load_s, (wanted.stage, wanted.model_id, tier), seconds)
 
     def run_s(self, wanted: Wanted) -> float:
         """Of so much work, alone; of a model not seen yet, what a stage's others take."""

@@ -9,15 +9,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import structlog
 import torch
 
 from darkroom.errors import DarkroomError
 from darkroom.models.controlnets import ControlNets
 from darkroom.models.networks import Held
+from darkroom.models.preparing import Preparations
 from darkroom.models.remote import OutsideCall, Reply
-from darkroom.models.replica import ReplicaState, StageReplica
+from darkroom.models.replica import StageReplica
 from darkroom.models.store.model_store import model_store
 from darkroom.registry.cache_plan import PlanView
 from darkroom.registry.elsewhere import copies_elsewhere
@@ -30,10 +30,10 @@ from darkroom.runtime.following import CopyReporter, PlanFollower
 from darkroom.runtime.logs import LogLevel, configure_logs
 from darkroom.runtime.networks import NetworkCalls, NetworkServicer
 from darkroom.runtime.server import Mounted, Server
+from darkroom.runtime.stage_service import StageServicer
 from darkroom.store.evicting import Eviction, EvictionKind
 from darkroom.store.opening import DEFAULT_CACHE, DEFAULT_CACHE_BYTES, check_store, is_url, open_source
-from darkroom.v1 import lora_pb2, network_pb2, network_pb2_grpc, stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
-from darkroom.wire.times import duration
+from darkroom.v1 import network_pb2, network_pb2_grpc, stage_pb2, stage_pb2_grpc, tensor_pb2, tensor_pb2_grpc
 
 _log = structlog.get_logger()
 _UNASKED_SHARE = 16
@@ -204,26 +204,39 @@ class StageProcess:
         assert self.replica.send is not None
         return self.replica.send(stage, call)
 
-    async def run(self, service: Mounted, *, held: Callable[[str], Awaitable[Held]] | None = None) -> None:
+    async def run(
+        self,
+        service: Mounted,
+        *,
+        held: Callable[[str], Awaitable[Held]] | None = None,
+        controlnets: ControlNets | None = None,
+    ) -> None:
         """Serves `service` beside what all stages serve. Loads the preloaded models before registering.
 
-        `held` gets what other replicas call, by model id; None means the replica's parts of models.
+        `held` gets what other replicas call, by model id; None means the replica's parts of models. `controlnets`:
+        those that the service's requests use.
         """
-        await self._run([service], held or self.replica.part)
+        await self._run([service], held or self.replica.part, controlnets)
 
     async def run_for_others(self, controlnets: ControlNets) -> None:
         """Serves the networks of ControlNets to denoisers, and what all stages serve."""
         self.replica.share(controlnets)
         await self._run([], controlnets.get)
 
-    async def _run(self, services: Sequence[Mounted], held: Callable[[str], Awaitable[Held]]) -> None:
+    async def _run(
+        self,
+        services: Sequence[Mounted],
+        held: Callable[[str], Awaitable[Held]],
+        controlnets: ControlNets | None = None,
+    ) -> None:
         self.replica.on_loaded = self._reporter.changed
         calls = NetworkCalls(self.replica, self._view, self._channels, self.shelf, self.source, held=held)
         self.replica.send = calls.send
+        preparations = Preparations(self.replica, held, controlnets)
         common = [
             Mounted(
                 lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(
-                    _StageServicer(self.replica, self._server), server
+                    StageServicer(self.replica, preparations, lambda: self._server.is_draining), server
                 ),
                 _name(stage_pb2, "StageService"),
             ),
@@ -268,53 +281,3 @@ class StageProcess:
 def _name(module: object, service: str) -> str:
     descriptor = module.DESCRIPTOR  # type: ignore[attr-defined]
     return str(descriptor.services_by_name[service].full_name)
-
-
-class _StageServicer(stage_pb2_grpc.StageServiceServicer):
-    """StageService over a replica."""
-
-    def __init__(self, replica: StageReplica, server: Server) -> None:
-        self._replica, self._server = replica, server
-
-    async def DescribeReplica(
-        self, request: stage_pb2.DescribeReplicaRequest, context: grpc.aio.ServicerContext
-    ) -> stage_pb2.DescribeReplicaResponse:
-        """Describes the replica."""
-        del request, context
-        return state_message(self._replica.state(), draining=self._server.is_draining)
-
-
-def state_message(state: ReplicaState, *, draining: bool) -> stage_pb2.DescribeReplicaResponse:
-    """A replica's state as its message."""
-    models = []
-    for part in state.parts:
-        networks = [
-            stage_pb2.Network(name=n.name, resident_bytes=n.resident_bytes, parameter_count=n.parameter_count)
-            for n in part.network_states()
-        ]
-        models.append(
-            stage_pb2.LoadedModel(
-                model_id=part.model_id,
-                networks=networks,
-                load_duration=duration(part.load_s),
-                merged_pairs=[
-                    stage_pb2.MergedPair(
-                        loras=[lora_pb2.Lora(lora_id=use.lora_id, scale=use.scale) for use in pair.loras],
-                        size_bytes=pair.size_bytes,
-                    )
-                    for pair in state.merged.get(part.model_id, ())
-                ],
-            )
-        )
-    return stage_pb2.DescribeReplicaResponse(
-        replica_id=state.replica_id,
-        stage=f"STAGE_{state.stage.upper()}",
-        device=state.device,
-        models=models,
-        running_count=state.running_count,
-        finished_count=state.finished_count,
-        batch_count=state.engine.batches,
-        forward_count=state.engine.forwards,
-        draining=draining,
-        uptime_duration=duration(state.uptime_s),
-    )

@@ -26,15 +26,15 @@ from darkroom.v1 import lora_pb2 as darkroom_dot_v1_dot_lora__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61rkroom/v1/stage.proto\x12\x0b\x64\x61rkroom.v1\x1a\x16\x64\x61rkroom/v1/lora.proto\x1a\x1egoogle/protobuf/duration.proto\",\n\x16\x44\x65scribeReplicaRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"H\n\x07Network\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x02 \x01(\x03\x12\x17\n\x0fparameter_count\x18\x03 \x01(\x03\"\xa8\x01\n\x0bLoadedModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12&\n\x08networks\x18\x02 \x03(\x0b\x32\x14.darkroom.v1.Network\x12\x30\n\rload_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x0cmerged_pairs\x18\x04 \x03(\x0b\x32\x17.darkroom.v1.MergedPair\"B\n\nMergedPair\x12 \n\x05loras\x18\x01 \x03(\x0b\x32\x11.darkroom.v1.Lora\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\xab\x02\n\x17\x44\x65scribeReplicaResponse\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12(\n\x06models\x18\x04 \x03(\x0b\x32\x18.darkroom.v1.LoadedModel\x12\x15\n\rrunning_count\x18\x05 \x01(\x05\x12\x16\n\x0e\x66inished_count\x18\x06 \x01(\x03\x12\x13\n\x0b\x62\x61tch_count\x18\x07 \x01(\x03\x12\x15\n\rforward_count\x18\x08 \x01(\x03\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x32\n\x0fuptime_duration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration*j\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x11\n\rSTAGE_ENCODER\x10\x01\x12\x12\n\x0eSTAGE_DENOISER\x10\x02\x12\r\n\tSTAGE_VAE\x10\x03\x12\x14\n\x10STAGE_CONTROLNET\x10\x04\x32l\n\x0cStageService\x12\\\n\x0f\x44\x65scribeReplica\x12#.darkroom.v1.DescribeReplicaRequest\x1a$.darkroom.v1.DescribeReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61rkroom/v1/stage.proto\x12\x0b\x64\x61rkroom.v1\x1a\x16\x64\x61rkroom/v1/lora.proto\x1a\x1egoogle/protobuf/duration.proto\",\n\x16\x44\x65scribeReplicaRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"H\n\x07Network\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0eresident_bytes\x18\x02 \x01(\x03\x12\x17\n\x0fparameter_count\x18\x03 \x01(\x03\"\xa8\x01\n\x0bLoadedModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12&\n\x08networks\x18\x02 \x03(\x0b\x32\x14.darkroom.v1.Network\x12\x30\n\rload_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\x0cmerged_pairs\x18\x04 \x03(\x0b\x32\x17.darkroom.v1.MergedPair\"B\n\nMergedPair\x12 \n\x05loras\x18\x01 \x03(\x0b\x32\x11.darkroom.v1.Lora\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"\xab\x02\n\x17\x44\x65scribeReplicaResponse\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12!\n\x05stage\x18\x02 \x01(\x0e\x32\x12.darkroom.v1.Stage\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12(\n\x06models\x18\x04 \x03(\x0b\x32\x18.darkroom.v1.LoadedModel\x12\x15\n\rrunning_count\x18\x05 \x01(\x05\x12\x16\n\x0e\x66inished_count\x18\x06 \x01(\x03\x12\x13\n\x0b\x62\x61tch_count\x18\x07 \x01(\x03\x12\x15\n\rforward_count\x18\x08 \x01(\x03\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x32\n\x0fuptime_duration\x18\n \x01(\x0b\x32\x19.google.protobuf.Duration\"p\n\x0ePrepareRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12 \n\x05loras\x18\x03 \x03(\x0b\x32\x11.darkroom.v1.Lora\x12\x16\n\x0e\x63ontrolnet_ids\x18\x04 \x03(\t\" \n\x0fPrepareResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08*j\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x11\n\rSTAGE_ENCODER\x10\x01\x12\x12\n\x0eSTAGE_DENOISER\x10\x02\x12\r\n\tSTAGE_VAE\x10\x03\x12\x14\n\x10STAGE_CONTROLNET\x10\x04\x32\xb2\x01\n\x0cStageService\x12\\\n\x0f\x44\x65scribeReplica\x12#.darkroom.v1.DescribeReplicaRequest\x1a$.darkroom.v1.DescribeReplicaResponse\x12\x44\n\x07Prepare\x12\x1b.darkroom.v1.PrepareRequest\x1a\x1c.darkroom.v1.PrepareResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'darkroom.v1.stage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STAGE']._serialized_start=757
-  _globals['_STAGE']._serialized_end=863
+  _globals['_STAGE']._serialized_start=905
+  _globals['_STAGE']._serialized_end=1011
   _globals['_DESCRIBEREPLICAREQUEST']._serialized_start=96
   _globals['_DESCRIBEREPLICAREQUEST']._serialized_end=140
   _globals['_NETWORK']._serialized_start=142
@@ -45,6 +45,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MERGEDPAIR']._serialized_end=453
   _globals['_DESCRIBEREPLICARESPONSE']._serialized_start=456
   _globals['_DESCRIBEREPLICARESPONSE']._serialized_end=755
-  _globals['_STAGESERVICE']._serialized_start=865
-  _globals['_STAGESERVICE']._serialized_end=973
+  _globals['_PREPAREREQUEST']._serialized_start=757
+  _globals['_PREPAREREQUEST']._serialized_end=869
+  _globals['_PREPARERESPONSE']._serialized_start=871
+  _globals['_PREPARERESPONSE']._serialized_end=903
+  _globals['_STAGESERVICE']._serialized_start=1014
+  _globals['_STAGESERVICE']._serialized_end=1192
 # @@protoc_insertion_point(module_scope)

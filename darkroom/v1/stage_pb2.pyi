@@ -83,3 +83,21 @@ class DescribeReplicaResponse(_message.Message):
     draining: bool
     uptime_duration: _duration_pb2.Duration
     def __init__(self, replica_id: _Optional[str] = ..., stage: _Optional[_Union[Stage, str]] = ..., device: _Optional[str] = ..., models: _Optional[_Iterable[_Union[LoadedModel, _Mapping]]] = ..., running_count: _Optional[int] = ..., finished_count: _Optional[int] = ..., batch_count: _Optional[int] = ..., forward_count: _Optional[int] = ..., draining: _Optional[bool] = ..., uptime_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class PrepareRequest(_message.Message):
+    __slots__ = ("request_id", "model_id", "loras", "controlnet_ids")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
+    CONTROLNET_IDS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model_id: str
+    loras: _containers.RepeatedCompositeFieldContainer[_lora_pb2.Lora]
+    controlnet_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_id: _Optional[str] = ..., model_id: _Optional[str] = ..., loras: _Optional[_Iterable[_Union[_lora_pb2.Lora, _Mapping]]] = ..., controlnet_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PrepareResponse(_message.Message):
+    __slots__ = ("found",)
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    found: bool
+    def __init__(self, found: _Optional[bool] = ...) -> None: ...

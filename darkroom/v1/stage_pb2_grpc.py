@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class StageServiceStub:
-    """Tells what a stage replica is doing. Served by every encoder, denoiser and
-    VAE replica.
+    """Tells what a stage replica is doing, and hears what it will be asked for.
+    Served by every encoder, denoiser and VAE replica.
     """
 
     def __init__(self, channel):
@@ -41,17 +41,40 @@ class StageServiceStub:
                 request_serializer=darkroom_dot_v1_dot_stage__pb2.DescribeReplicaRequest.SerializeToString,
                 response_deserializer=darkroom_dot_v1_dot_stage__pb2.DescribeReplicaResponse.FromString,
                 _registered_method=True)
+        self.Prepare = channel.unary_unary(
+                '/darkroom.v1.StageService/Prepare',
+                request_serializer=darkroom_dot_v1_dot_stage__pb2.PrepareRequest.SerializeToString,
+                response_deserializer=darkroom_dot_v1_dot_stage__pb2.PrepareResponse.FromString,
+                _registered_method=True)
 
 
 class StageServiceServicer:
-    """Tells what a stage replica is doing. Served by every encoder, denoiser and
-    VAE replica.
+    """Tells what a stage replica is doing, and hears what it will be asked for.
+    Served by every encoder, denoiser and VAE replica.
     """
 
     def DescribeReplica(self, request, context):
         """Describes this replica: its load and the networks it holds.
 
         Idempotent, and cheap enough to call every second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Prepare(self, request, context):
+        """Loads what a request will need that is still at an earlier stage; answers
+        once it is here. It is a hint: it takes no place in the queue, waits for no
+        room on the device, and pushes out neither what requests use nor what other
+        hints have brought. A request for the same joins the load.
+
+        Idempotent: what is here stays, equal hints are one. A load goes on when
+        the caller leaves.
+
+        Errors: INVALID_ARGUMENT (reason INVALID_FIELD), NOT_FOUND (reason
+        MODEL_NOT_FOUND), FAILED_PRECONDITION (reason UNUSABLE_MODEL),
+        RESOURCE_EXHAUSTED (reasons QUEUE_FULL, DEVICE_FULL, with RetryInfo),
+        UNAVAILABLE (reasons DRAINING, STORE_UNAVAILABLE).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -65,6 +88,11 @@ def add_StageServiceServicer_to_server(servicer, server):
                     request_deserializer=darkroom_dot_v1_dot_stage__pb2.DescribeReplicaRequest.FromString,
                     response_serializer=darkroom_dot_v1_dot_stage__pb2.DescribeReplicaResponse.SerializeToString,
             ),
+            'Prepare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prepare,
+                    request_deserializer=darkroom_dot_v1_dot_stage__pb2.PrepareRequest.FromString,
+                    response_serializer=darkroom_dot_v1_dot_stage__pb2.PrepareResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'darkroom.v1.StageService', rpc_method_handlers)
@@ -74,8 +102,8 @@ def add_StageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StageService:
-    """Tells what a stage replica is doing. Served by every encoder, denoiser and
-    VAE replica.
+    """Tells what a stage replica is doing, and hears what it will be asked for.
+    Served by every encoder, denoiser and VAE replica.
     """
 
     @staticmethod
@@ -95,6 +123,33 @@ class StageService:
             '/darkroom.v1.StageService/DescribeReplica',
             darkroom_dot_v1_dot_stage__pb2.DescribeReplicaRequest.SerializeToString,
             darkroom_dot_v1_dot_stage__pb2.DescribeReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prepare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/darkroom.v1.StageService/Prepare',
+            darkroom_dot_v1_dot_stage__pb2.PrepareRequest.SerializeToString,
+            darkroom_dot_v1_dot_stage__pb2.PrepareResponse.FromString,
             options,
             channel_credentials,
             insecure,

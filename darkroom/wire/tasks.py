@@ -1,15 +1,15 @@
-"""What a stage is asked to do, as checked values: the requests of the three stage services without protobuf."""
+"""What a stage is asked to do, as checked values: the requests of the stages' services without protobuf."""
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from darkroom.errors import InvalidField, InvalidTensor
 from darkroom.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
-from darkroom.v1 import denoiser_pb2, encoder_pb2, lora_pb2, tensor_pb2, vae_pb2
+from darkroom.v1 import denoiser_pb2, encoder_pb2, lora_pb2, stage_pb2, tensor_pb2, vae_pb2
 from darkroom.wire import fields
 from darkroom.wire.checkpoints import Checkpoint, parse_checkpoint
-from darkroom.wire.conditions import NO_CONDITIONS, ConditionFiles, parse_conditions
+from darkroom.wire.conditions import MAX_CONTROLS, NO_CONDITIONS, ConditionFiles, parse_conditions
 from darkroom.wire.tensors import RawTensor, RemoteTensor, digest_of, parse_tensor
 
 _ALL_SCHEDULERS = (*DIFFUSION_SCHEDULERS, *FLOW_SCHEDULERS)
@@ -95,6 +95,16 @@ class DecodeTask:
     height_px: int
     parameters: dict[str, str]
     deterministic: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareTask:
+    """What a request will need; hints of several requests may be equal."""
+
+    request_id: str = field(compare=False)
+    model_id: str
+    loras: tuple[LoraUse, ...] = ()
+    controlnet_ids: tuple[str, ...] = ()
 
 
 def parse_encode(message: encoder_pb2.EncodeRequest) -> EncodeTask:
@@ -195,6 +205,21 @@ def parse_decode(message: vae_pb2.DecodeRequest) -> DecodeTask:
         height_px=height_px,
         parameters=fields.check_parameters(dict(message.parameters)),
         deterministic=message.deterministic,
+    )
+
+
+def parse_prepare(message: stage_pb2.PrepareRequest) -> PrepareTask:
+    """Raises InvalidField."""
+    if len(message.controlnet_ids) > MAX_CONTROLS:
+        raise InvalidField("controlnet_ids", f"must be at most {MAX_CONTROLS}, not {len(message.controlnet_ids)}")
+    return PrepareTask(
+        request_id=fields.check_request_id(message.request_id),
+        model_id=fields.check_model_id(message.model_id),
+        loras=parse_loras(message.loras),
+        controlnet_ids=tuple(
+            fields.check_model_id(controlnet_id, f"controlnet_ids[{position}]")
+            for position, controlnet_id in enumerate(message.controlnet_ids)
+        ),
     )
 
 

@@ -34,7 +34,8 @@ async def main(config: DenoiserConfig) -> None:
         Mounted(
             lambda server: denoiser_pb2_grpc.add_DenoiserServiceServicer_to_server(servicer, server),
             "darkroom.v1.DenoiserService",
-        )
+        ),
+        controlnets=controlnets,
     )
 
 

@@ -43,6 +43,7 @@ async def main(config: RouterConfig) -> None:
         GrpcStages(channels),
         replica_wait_s=config.replica_wait_s,
         max_running=config.max_running,
+        prepares_stages=config.prepares_stages,
         on_used=usage.add,
     )
     servicer = RouterServicer(

@@ -23,6 +23,9 @@ class RouterConfig:
     """How long a request waits for a replica to appear when a stage has none: a stage process starts in about 10 s."""
     max_running: int = 256
     """Requests accepted at once; more are refused with QUEUE_FULL."""
+    prepares_stages: bool = True
+    """Whether the later stages of a request load its model while the earlier ones run. Off loads it stage after stage:
+    for benchmarks."""
     drain_s: float = 30.0
     """How long running requests may take to finish after SIGTERM, in seconds."""
     reflection: bool = False

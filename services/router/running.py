@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import structlog
 
@@ -22,49 +21,20 @@ from darkroom.errors import (
     UnknownHolder,
     UnusableCheckpoint,
 )
-from darkroom.policy.assignments import Assignments
-from darkroom.policy.forecast import Wanted
-from darkroom.policy.placement import Candidate, choose_replica
 from darkroom.policy.worth import Tier
-from darkroom.registry.announced import announced
 from darkroom.registry.membership import ClusterView
-from darkroom.registry.parts import stage_bytes
 from darkroom.registry.port import Member
-from darkroom.wire.graphs import DenoiseWork, Graph, Node
+from darkroom.wire.graphs import Graph, Node
 from services.router.attempts import Attempts
+from services.router.calls import CallSettings, Stages
+from services.router.placing import Placing
+from services.router.preparing import Ahead
 from services.router.values import Answer, Event, Finished, NodeProgress, NodeStarted, NodeTiming, Value
 
-_SUSPECT_S = 5.0  # as long as a dead replica's lease may live on
 _MAX_RERUNS = 2
 _SILENCE_S = 3.0  # three times as long as a denoiser that lives stays silent
 _CHECKPOINT_ERRORS = (InvalidCheckpoint, UnusableCheckpoint, DigestMismatch)
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallSettings:
-    """What every call of a request shares."""
-
-    request_id: str
-    deterministic: bool
-    deadline_s: float
-    """On the event loop's clock."""
-    priority: int = 0
-    tenant: str = ""
-
-    def timeout_s(self) -> float:
-        """Seconds left."""
-        return max(0.0, self.deadline_s - asyncio.get_running_loop().time())
-
-
-class Stages(Protocol):
-    """How a replica is called."""
-
-    async def call(
-        self, address: str, node: Node, inputs: Mapping[str, Value], settings: CallSettings, attempts: Attempts
-    ) -> Answer:
-        """Runs the node's work at `address`, and tells `attempts` what it hears of it."""
-        ...
 
 
 @dataclass(slots=True)
@@ -89,23 +59,24 @@ class GraphRunner:
         *,
         replica_wait_s: float,
         max_running: int,
+        prepares_stages: bool = True,
         on_used: Callable[[Node, float], None] = lambda _node, _run_s: None,
     ) -> None:
         """`replica_wait_s`: how long to wait for a stage that has no replica; `max_running`: requests at once.
 
+        `prepares_stages`: whether models are loaded at later stages while earlier ones run.
         `on_used` hears of each node that a stage has run, and how long that took there without a load.
         """
         self._on_used = on_used
-        self._view, self._stages = view, stages
+        self._view, self._stages, self._placing = view, stages, Placing(view)
         self._replica_wait_s, self._max_running = replica_wait_s, max_running
-        self._assignments = Assignments()
-        self._suspect_until_s: dict[str, float] = {}
+        self._prepares_stages = prepares_stages
         self._request_count = 0
 
     @property
     def running(self) -> Mapping[str, int]:
         """Calls that run now, by replica."""
-        return self._assignments.running
+        return self._placing.assignments.running
 
     async def run(self, graph: Graph, settings: CallSettings) -> AsyncGenerator[Event, None]:
         """Events as they happen, `Finished` last. Closing the iterator cancels every call.
@@ -149,8 +120,15 @@ class GraphRunner:
             raise _first(failures) from failures
 
     async def _run_node_when_ready(self, run: _Run, node: Node) -> None:
-        inputs = {port: await run.values[source] for port, source in node.sources.items()}
-        run.values[node.node_id].set_result(await self._run_node(run, node, inputs))
+        ahead = Ahead(self._placing, self._stages, node, run.settings)
+        if node.sources and self._prepares_stages:
+            ahead.begin()
+        try:
+            inputs = {port: await run.values[source] for port, source in node.sources.items()}
+            ahead.come()
+            run.values[node.node_id].set_result(await self._run_node(run, node, inputs))
+        finally:
+            ahead.end()
 
     async def _run_node(self, run: _Run, node: Node, inputs: Mapping[str, Value], reruns: int = 0) -> Value:
         """Tries replica after replica; when an input is lost with the replica that held it, makes it again first."""
@@ -192,7 +170,7 @@ class GraphRunner:
             reason=error.reason(),
         )
         if isinstance(error, Unavailable) and not isinstance(error, StoreUnavailable):
-            self._suspect(member.replica_id)
+            self._placing.suspect(member.replica_id)
         return error
 
     async def _remake(self, run: _Run, node: Node, reruns: int) -> dict[str, Value]:
@@ -206,65 +184,34 @@ class GraphRunner:
     async def _call(
         self, run: _Run, node: Node, inputs: Mapping[str, Value], member: Member, attempts: Attempts
     ) -> Answer:
-        loop, wanted = asyncio.get_running_loop(), self._wanted(node)
-        said = announced(self._view, member, node.work.model_id)
-        sent = self._assignments.send(said, wanted, loop.time())
+        loop, assignments = asyncio.get_running_loop(), self._placing.assignments
+        said, wanted = self._placing.said(member, node), self._placing.wanted(node)
+        sent = assignments.send(said, wanted, loop.time())
         try:
             call = self._stages.call(member.address, node, inputs, run.settings, attempts)
             answer = await attempts.heed(
-                call, node.stage, _SILENCE_S, lambda: bool(self._untried(node.stage, [member.replica_id]))
+                call, node.stage, _SILENCE_S, lambda: bool(self._placing.untried(node.stage, [member.replica_id]))
             )
-            self._assignments.answered(sent, loop.time())
-            usual_s = self._assignments.run_s(wanted)
+            assignments.answered(sent, loop.time())
+            usual_s = assignments.run_s(wanted)
             self._on_used(node, answer.run_s if said.tier is Tier.DEVICE else min(answer.run_s, usual_s))
             return answer
         finally:
-            self._assignments.close(sent)
+            assignments.close(sent)
 
     async def _place(self, node: Node, tried: list[str], failure: DarkroomError | None) -> Member:
         """The replica to call next. Waits while the stage has none; raises the last failure when all were tried."""
-        untried = self._untried(node.stage, tried)
+        untried = self._placing.untried(node.stage, tried)
         if not untried and isinstance(failure, Overloaded | StoreUnavailable):
             raise failure
         if not untried:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._replica_wait_s):
-                    await self._view.wait_for(lambda _: bool(self._untried(node.stage, tried)))
-        wanted = self._wanted(node)
-        by_id = {member.replica_id: member for member in self._untried(node.stage, tried)}
-        chosen = choose_replica([self._candidate(member, wanted) for member in by_id.values()])
+                    await self._view.wait_for(lambda _: bool(self._placing.untried(node.stage, tried)))
+        chosen = self._placing.choose(node, tried)
         if chosen is None:
             raise failure or StageUnavailable(node.stage, "none is up")
-        _log.debug("placed", stage=node.stage, replica=chosen.replica_id, why=chosen.reason)
-        return by_id[chosen.replica_id]
-
-    def _suspect(self, replica_id: str) -> None:
-        now_s = asyncio.get_running_loop().time()
-        self._suspect_until_s = {other: until_s for other, until_s in self._suspect_until_s.items() if until_s > now_s}
-        self._suspect_until_s[replica_id] = now_s + _SUSPECT_S
-
-    def _untried(self, stage: str, tried: list[str]) -> list[Member]:
-        return [member for member in self._view.members(stage) if member.replica_id not in tried]
-
-    def _candidate(self, member: Member, wanted: Wanted) -> Candidate:
-        now_s = asyncio.get_running_loop().time()
-        is_suspect = self._suspect_until_s.get(member.replica_id, 0.0) > now_s
-        said = announced(self._view, member, wanted.model_id)
-        return self._assignments.candidate(said, wanted, now_s, is_suspect=is_suspect)
-
-    def _wanted(self, node: Node) -> Wanted:
-        entry = self._view.model(node.work.model_id)
-        size_bytes = stage_bytes(entry)[node.stage] if entry else 0.0
-        return Wanted(stage=node.stage, model_id=node.work.model_id, work=work_of(node), size_bytes=size_bytes)
-
-
-def work_of(node: Node) -> float:
-    """How much work a node is: steps of megapixels for a denoiser, else 1."""
-    match node.work:
-        case DenoiseWork() as work:
-            return work.step_count * work.image_count * work.width_px * work.height_px / 1e6
-        case _:
-            return 1.0
+        return chosen
 
 
 def _is_input_lost(error: DarkroomError) -> bool:

@@ -15,8 +15,9 @@ from darkroom.wire.conditions import parse_conditions
 from darkroom.wire.graphs import parse_graph
 from darkroom.wire.tasks import parse_loras
 from darkroom.wire.times import duration
+from services.router.calls import CallSettings
 from services.router.generation import Prompted, check_against_catalogue, lora_scale, plan_generation
-from services.router.running import CallSettings, GraphRunner
+from services.router.running import GraphRunner
 from services.router.values import Finished, ImageFile, Images, Latent, NodeProgress, NodeStarted, NodeTiming
 
 

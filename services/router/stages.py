@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import grpc
+import structlog
 
 from darkroom.runtime.channels import Channels
 from darkroom.v1 import (
@@ -10,6 +11,8 @@ from darkroom.v1 import (
     denoiser_pb2_grpc,
     encoder_pb2,
     encoder_pb2_grpc,
+    stage_pb2,
+    stage_pb2_grpc,
     tensor_pb2,
     vae_pb2,
     vae_pb2_grpc,
@@ -21,11 +24,12 @@ from darkroom.wire.tasks import lora_messages
 from darkroom.wire.tensors import parse_tensor, tensor_message
 from darkroom.wire.times import seconds
 from services.router.attempts import Attempts
-from services.router.running import CallSettings
+from services.router.calls import CallSettings, Preparation
 from services.router.values import Answer, CheckpointMessage, Embedding, ImageFile, Images, Latent, StepDone, Value
 
 _CHECKPOINT_INTERVAL = 5
 """Steps that a dead denoiser may cost where a checkpoint is larger than 1 MiB; smaller ones come with every step."""
+_log = structlog.get_logger()
 
 
 class GrpcStages:
@@ -51,6 +55,28 @@ class GrpcStages:
                     return await _decode(channel, work, latent, settings)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, node.stage) or error from error
+
+    async def prepare(self, address: str, node: Node, settings: CallSettings) -> Preparation:
+        """Has the replica load what a node needs. Raises what it raised, or StageUnavailable, and no other error."""
+        stub = stage_pb2_grpc.StageServiceStub(self._channels.to(address))
+        try:
+            response = await stub.Prepare(_prepare_request(node, settings), timeout=settings.timeout_s())
+        except grpc.aio.AioRpcError as error:
+            if known := from_rpc_error(error, node.stage):
+                raise known from error
+            _log.info("prepare_unheard", stage=node.stage, address=address, code=error.code().name)
+            return Preparation.UNHEARD
+        return Preparation.FOUND if response.found else Preparation.LOADED
+
+
+def _prepare_request(node: Node, settings: CallSettings) -> stage_pb2.PrepareRequest:
+    work = node.work
+    return stage_pb2.PrepareRequest(
+        request_id=settings.request_id,
+        model_id=work.model_id,
+        loras=() if isinstance(work, DecodeWork) else lora_messages(work.loras),
+        controlnet_ids=[use.controlnet_id for use in work.conditions.controls] if isinstance(work, DenoiseWork) else (),
+    )
 
 
 async def _encode(channel: grpc.aio.Channel, work: EncodeTextWork, settings: CallSettings) -> Answer:

@@ -10,9 +10,7 @@ import pytest_asyncio
 
 from darkroom.client import Client, Drawing
 from darkroom.runtime.cluster import LocalCluster
-from darkroom.v1 import (
-    tensor_pb2,
-)
+from darkroom.v1 import lora_pb2, stage_pb2, tensor_pb2
 from tests.e2e.ports import (
     AT_ONCE_S,
     EMBEDDING,
@@ -112,6 +110,22 @@ async def test_random_bytes_never_crash_a_service(ports: Ports, service: str) ->
             answer = await ports.send(service, f"{name}/{method}", source.randbytes(source.randrange(200)))
             assert answer.error is None or answer.error.code() in (INVALID, grpc.StatusCode.NOT_FOUND), answer.error
             assert answer.after_s < AT_ONCE_S
+
+
+@pytest.mark.parametrize("stage", ["encoder", "denoiser", "vae"])
+async def test_hints_are_refused_as_requests_are(ports: Ports, stage: str) -> None:
+    source, method = random.Random(stage), "StageService/Prepare"
+    for _ in range(25):
+        answer = await ports.send(stage, method, source.randbytes(source.randrange(200)))
+        assert answer.error is not None
+        assert answer.error.code() in (INVALID, grpc.StatusCode.NOT_FOUND), answer.error
+        assert answer.after_s < AT_ONCE_S
+    unknown = stage_pb2.PrepareRequest(model_id="nowhere").SerializeToString()
+    answer = await ports.send(stage, method, unknown)
+    answer.check_refused(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND", "nowhere")
+    loras = [lora_pb2.Lora(lora_id="../../etc/passwd")]
+    answer = await ports.send(stage, method, stage_pb2.PrepareRequest(model_id=MODEL, loras=loras).SerializeToString())
+    answer.check_refused(INVALID, "INVALID_FIELD", "loras[0].lora_id")
 
 
 @pytest.mark.parametrize("service", SERVICES)

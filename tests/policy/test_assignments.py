@@ -103,3 +103,67 @@ def test_what_comes_back_soon_or_is_elsewhere_too_is_cheap_to_push_out() -> None
     lost = candidate(assignments, full(OLD)).displaced_s
     assert candidate(assignments, full(replace(OLD, back=Tier.HOST))).displaced_s < lost
     assert candidate(assignments, full(replace(OLD, other_count=1))).displaced_s < lost
+
+
+def ahead(assignments: Assignments, announced: Announced, wanted: Wanted = SD) -> Candidate:
+    """As placement sees a replica for a request that is still to be run elsewhere first."""
+    return assignments.candidate(announced, wanted, 0.0, is_suspect=False, is_ahead=True)
+
+
+def test_a_load_begun_ahead_costs_its_request_what_is_left_of_it() -> None:
+    assignments = Assignments()
+    prepared = assignments.prepare(COLD, SD, 10.0)
+    assert candidate(assignments, COLD, 11.0).load_s == pytest.approx(LOAD_S - 1.0)
+    assignments.came(prepared)
+    sent = assignments.send(COLD, SD, 11.0)
+    assignments.call_off(prepared)
+    assert candidate(assignments, COLD, 12.0).load_s == pytest.approx(LOAD_S - 2.0), "it began before its request came"
+    assignments.close(sent)
+    assert candidate(assignments, COLD, 12.0).load_s == pytest.approx(LOAD_S)
+
+
+def test_a_load_that_is_called_off_is_not_counted_on() -> None:
+    assignments = Assignments()
+    assignments.call_off(assignments.prepare(COLD, SD, 10.0))
+    assert candidate(assignments, COLD, 11.0).load_s == pytest.approx(LOAD_S)
+    assert ahead(assignments, COLD).queue_s == 0.0
+
+
+def test_requests_to_come_spread_and_do_not_drive_away_those_that_are_here() -> None:
+    assignments = Assignments()
+    prepared = assignments.prepare(COLD, SD, 0.0)
+    flux = replace(SD, model_id="flux")
+    assert ahead(assignments, COLD, flux).queue_s > 0.0
+    assert ahead(assignments, replace(COLD, replica_id="b"), flux).queue_s == 0.0
+    assert candidate(assignments, COLD).queue_s == 0.0
+    assert assignments.running == {}
+    assignments.came(prepared)
+    assert ahead(assignments, COLD, flux).queue_s == 0.0
+
+
+def test_a_load_begun_ahead_teaches_how_long_loads_take_and_those_that_join_it_do_not() -> None:
+    assignments = Assignments()
+    first, second = assignments.prepare(COLD, SD, 0.0), assignments.prepare(COLD, SD, 4.5)
+    assignments.loaded(second, 5.0)
+    assert candidate(assignments, replace(COLD, replica_id="b")).load_s == pytest.approx(LOAD_S)
+    assignments.loaded(first, 5.0)
+    assert candidate(assignments, replace(COLD, replica_id="b")).load_s == pytest.approx(5.0)
+
+
+def test_a_request_that_joins_a_load_begun_ahead_teaches_nothing() -> None:
+    assignments = Assignments()
+    warm = assignments.send(replace(COLD, tier=Tier.DEVICE), SD, 0.0)
+    assignments.answered(warm, 1.0)
+    assignments.close(warm)
+    assignments.prepare(COLD, SD, 2.0)
+    assignments.answered(assignments.send(COLD, SD, 3.0), 4.0)
+    assert candidate(assignments, replace(COLD, replica_id="b")).load_s == pytest.approx(LOAD_S)
+
+
+def test_what_is_on_the_device_is_prepared_without_a_load() -> None:
+    assignments = Assignments()
+    warm = replace(COLD, tier=Tier.DEVICE)
+    prepared = assignments.prepare(warm, SD, 0.0)
+    assignments.loaded(prepared, 9.0)
+    assert candidate(assignments, COLD, 1.0).load_s == pytest.approx(LOAD_S)
+    assignments.call_off(prepared)

@@ -15,6 +15,7 @@ import torch
 
 from darkroom.models.controlnets import ControlNets
 from darkroom.models.ip_adapters import IpAdapters
+from darkroom.models.preparing import Preparations
 from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.registry.catalogue import publish_catalogue, read_model_store
@@ -25,20 +26,24 @@ from darkroom.runtime.channels import Channels
 from darkroom.runtime.exchange import TensorServicer, TensorShelf, TensorSource
 from darkroom.runtime.networks import NetworkCalls, NetworkServicer
 from darkroom.runtime.server import Mounted, Server
+from darkroom.runtime.stage_service import StageServicer
 from darkroom.v1 import (
     denoiser_pb2,
     denoiser_pb2_grpc,
     encoder_pb2_grpc,
     network_pb2_grpc,
     router_pb2_grpc,
+    stage_pb2_grpc,
     tensor_pb2_grpc,
     vae_pb2_grpc,
 )
+from darkroom.wire.graphs import Node
 from services.denoiser.denoising import Denoising
 from services.denoiser.server import DenoiserServicer
 from services.encoder.cache import EmbeddingCache
 from services.encoder.encoding import Encoding
 from services.encoder.server import EncoderServicer
+from services.router.calls import CallSettings, Preparation
 from services.router.running import GraphRunner
 from services.router.server import RouterServicer
 from services.router.stages import GrpcStages
@@ -84,11 +89,28 @@ class RunningStage:
         await self.server._server.stop(grace=None)
 
 
+class Heard(GrpcStages):
+    """Stages, and what came of hints to them."""
+
+    def __init__(self, channels: Channels) -> None:
+        super().__init__(channels)
+        self.asked: list[str] = []
+        """Stages that were sent a hint."""
+        self.prepared: list[Preparation] = []
+        """What they answered."""
+
+    async def prepare(self, address: str, node: Node, settings: CallSettings) -> Preparation:
+        self.asked.append(node.stage)
+        self.prepared.append(await super().prepare(address, node, settings))
+        return self.prepared[-1]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRouter:
     """A router that serves, and what it runs graphs with."""
 
     runner: GraphRunner
+    heard: Heard
     view: ClusterView
     server: Server
     stub: router_pb2_grpc.RouterServiceStub
@@ -132,8 +154,13 @@ class Neighbours:
         max_running: int = 64,
         inline_limit_bytes: int = 1 << 20,
         cache_bytes: int = 1 << 20,
+        is_cold: bool = False,
+        takes_hints: bool = True,
     ) -> RunningStage:
-        """A replica, registered as `stage-number` and holding MODEL."""
+        """A replica, registered as `stage-number` and holding MODEL unless it is cold.
+
+        `takes_hints`: whether it has StageService, which earlier versions of it did not prepare by.
+        """
         replica_id = f"{stage}-{number}"
         server = _server(replica_id)
         address = f"127.0.0.1:{server.port}"
@@ -152,13 +179,18 @@ class Neighbours:
         registration = Registration(self.registry, Member(replica_id=replica_id, stage=stage, address=address))
         replica.on_loaded = registration.set_models
         source = TensorSource(self._channels, shelf, lambda: {member.address for member in self._view.members()})
-        nets = ControlNets(self._store, torch.device("cpu")) if stage == "controlnet" else None
-        calls = NetworkCalls(replica, self._view, self._channels, shelf, source, held=nets.get if nets else None)
+        nets = ControlNets(self._store, torch.device("cpu"))
+        held = nets.get if stage == "controlnet" else replica.part
+        calls = NetworkCalls(replica, self._view, self._channels, shelf, source, held=held)
         replica.send = calls.send
         services = [_tensors(shelf), _networks(calls)]
-        if nets is None:
+        if takes_hints:
+            hints = Preparations(replica, held, nets if stage == "denoiser" else None)
+            services.append(_stages(StageServicer(replica, hints, lambda: server.is_draining)))
+        if stage != "controlnet":
+            services.append(_service(stage, replica, shelf, source, nets, cache_bytes=cache_bytes))
+        if stage != "controlnet" and not is_cold:
             await replica.part(MODEL)
-            services.append(_service(stage, replica, shelf, source, cache_bytes))
         await server.start(services)
         self._closing.push_async_callback(server._server.stop, grace=None)
         self._start(registration.run())
@@ -178,12 +210,20 @@ class Neighbours:
         return [running for running in self._stages if running.replica.stage == stage]
 
     async def router(
-        self, *, replica_wait_s: float = 5.0, max_running: int = 64, default_deadline_s: float = 60.0
+        self,
+        *,
+        replica_wait_s: float = 5.0,
+        max_running: int = 64,
+        default_deadline_s: float = 60.0,
+        prepares_stages: bool = True,
     ) -> RunningRouter:
         """A router that sees all replicas that are up now."""
         server = _server("router-1")
         view = ClusterView(self.registry)
-        runner = GraphRunner(view, GrpcStages(self._channels), replica_wait_s=replica_wait_s, max_running=max_running)
+        heard = Heard(self._channels)
+        runner = GraphRunner(
+            view, heard, replica_wait_s=replica_wait_s, max_running=max_running, prepares_stages=prepares_stages
+        )
         servicer = RouterServicer(runner, view, default_model=MODEL, default_deadline_s=default_deadline_s)
         self._start(view.run())
         await view.wait_for(lambda view: view.is_ready)
@@ -197,7 +237,7 @@ class Neighbours:
         )
         self._closing.push_async_callback(server._server.stop, grace=None)
         stub = router_pb2_grpc.RouterServiceStub(self._channels.to(f"127.0.0.1:{server.port}"))
-        return RunningRouter(runner=runner, view=view, server=server, stub=stub)
+        return RunningRouter(runner=runner, heard=heard, view=view, server=server, stub=stub)
 
     async def list_dead(self, stage: str, replica_id: str, address: str) -> None:
         """Registers a replica that nobody serves, holding MODEL."""
@@ -286,7 +326,21 @@ def _networks(calls: NetworkCalls) -> Mounted:
     )
 
 
-def _service(stage: str, replica: StageReplica, shelf: TensorShelf, source: TensorSource, cache_bytes: int) -> Mounted:
+def _stages(servicer: StageServicer) -> Mounted:
+    return Mounted(
+        lambda server: stage_pb2_grpc.add_StageServiceServicer_to_server(servicer, server), "darkroom.v1.StageService"
+    )
+
+
+def _service(
+    stage: str,
+    replica: StageReplica,
+    shelf: TensorShelf,
+    source: TensorSource,
+    controlnets: ControlNets,
+    *,
+    cache_bytes: int,
+) -> Mounted:
     add: Callable[[grpc.aio.Server], None]
     match stage:
         case "encoder":
@@ -296,7 +350,7 @@ def _service(stage: str, replica: StageReplica, shelf: TensorShelf, source: Tens
                 encoder_pb2_grpc.add_EncoderServiceServicer_to_server(encoder, server)
 
         case "denoiser":
-            controlnets = ControlNets(replica.store, torch.device("cpu"))
+            replica.share(controlnets)
             assert replica.send
             ip_adapters = IpAdapters(replica.store, replica.send)
             denoiser = DenoiserServicer(Denoising(replica, source, controlnets, ip_adapters), shelf)

@@ -11,7 +11,7 @@ from darkroom.errors import DarkroomError
 from darkroom.v1 import router_pb2
 from darkroom.wire.graphs import DecodeWork, DenoiseWork, EncodeTextWork, Graph, make_graph
 from darkroom.wire.status import from_rpc_error
-from services.router.running import CallSettings
+from services.router.calls import CallSettings
 from services.router.values import Event
 from tests.services.neighbours import MODEL, SIZE_PX, Neighbours, RunningRouter, failure_of
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from darkroom.models.merging import MergedPairs
-from darkroom.runtime.stage import state_message
+from darkroom.runtime.stage_service import state_message
 from darkroom.v1 import lora_pb2, stage_pb2
 from tests.services.neighbours import MODEL, Neighbours, RunningStage, engine_held, eventually
 from tests.services.test_denoiser import distance, finish, latents, start

@@ -14,7 +14,8 @@ from darkroom.registry.port import Member, Rooms
 from darkroom.registry.residence import LOADED, Residence
 from darkroom.wire.graphs import EncodeTextWork, Node, make_graph
 from services.router.attempts import Attempts
-from services.router.running import CallSettings, GraphRunner
+from services.router.calls import CallSettings, Preparation
+from services.router.running import GraphRunner
 from services.router.values import Answer, Embedding, Value
 from tests.registry.entries import make_entry
 from tests.services.neighbours import eventually
@@ -43,6 +44,10 @@ class Called:
         self.names.append(address.partition(":")[0])
         await self.may_answer.wait()
         return Answer(Embedding({}), 1.0)
+
+    async def prepare(self, address: str, node: Node, settings: CallSettings) -> Preparation:
+        del address, node, settings
+        raise AssertionError("graphs of one node need no hint")
 
 
 class Encoders:
