@@ -16,6 +16,7 @@ from darkroom.policy.popularity import Popularity
 from darkroom.policy.worth import Tier, Worth, WorthConfig
 from simulator.cluster import Cluster
 from simulator.costs import Loader, Work
+from simulator.fleet import FleetConfig
 from simulator.worker import DEVICE, DISK, HOST, Job, Worker
 from simulator.workload import Request
 
@@ -40,7 +41,7 @@ class LiveConfig:
 class Live:
     """The services' policies as they are wired there."""
 
-    fleet = None
+    fleet: FleetConfig | None = None
 
     def __init__(self, config: LiveConfig) -> None:
         self.loader, self.work, self.max_images = config.loader, config.work, config.max_images
