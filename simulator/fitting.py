@@ -18,7 +18,7 @@ from typing import IO
 
 import numpy as np
 from rich.console import Console
-from scipy.cluster.vq import kmeans2
+from scipy.cluster.vq import ClusterError, kmeans2
 
 _TIERS = ("host", "disk", "remote")
 _COLUMN = "value"
@@ -65,12 +65,13 @@ def _texts(path: Path, file: IO[bytes]) -> Iterator[IO[str]]:
 
 
 def fit_modes(times_s: Sequence[float], count: int = len(_TIERS)) -> list[Mode]:
-    """The modes, the fastest first. Raises ValueError for fewer positive times than modes."""
+    """The modes, the fastest first. Raises ValueError for positive times that fall into fewer."""
     logs = np.sort(np.log([time_s for time_s in times_s if time_s > 0]))
-    if len(logs) < count:
-        raise ValueError(f"{len(logs)} load times are too few for {count} modes")
-    begin = np.quantile(logs, [(place + 0.5) / count for place in range(count)])
-    _, modes = kmeans2(logs, begin, minit="matrix")
+    try:
+        begin = np.quantile(logs, [(place + 0.5) / count for place in range(count)])
+        _, modes = kmeans2(logs, begin, minit="matrix", missing="raise")
+    except (ClusterError, IndexError) as error:
+        raise ValueError(f"{len(logs)} load times are too few, or too equal, for {count} modes") from error
     parts = [logs[modes == mode] for mode in range(count)]
     return [
         Mode(share=len(part) / len(logs), median_s=float(np.exp(np.median(part))), spread=float(np.std(part)))

@@ -25,8 +25,9 @@ def test_the_modes_of_mixed_loads_are_found() -> None:
     assert [mode.median_s for mode in modes] == pytest.approx([2.9, 21.9, 38.0], rel=0.05)
     assert [mode.share for mode in modes] == pytest.approx([3 / 9, 2 / 9, 4 / 9], abs=0.03)
     assert modes[0].spread == pytest.approx(0.3, rel=0.2)
-    with pytest.raises(ValueError, match="too few"):
-        fit_modes([1.0, 0.0, -1.0])
+    for times_s in ([], [1.0, 0.0, -1.0], [2.0] * 10):
+        with pytest.raises(ValueError, match="too few, or too equal"):
+            fit_modes(times_s)
 
 
 def test_files_are_read_as_they_are_published_and_unpacked(tmp_path: Path) -> None:
