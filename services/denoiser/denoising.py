@@ -107,7 +107,7 @@ class Denoising:
             checks.check_embeddings(part, task, embeddings)
             journal = _journal(task, part, deadline_s)
             loop, digest = asyncio.get_running_loop(), task.digest
-            sent_step = 0
+            sent_step = journal.start.step if journal.start else 0  # the caller has that
 
             def send(done: StepDone) -> None:
                 nonlocal sent_step

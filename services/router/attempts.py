@@ -28,6 +28,8 @@ class Attempts:
     """When the running attempt was last heard of."""
     is_streaming: bool = False
     """Whether the running attempt is one that says regularly that it lives."""
+    _step: int = 0
+    """The step that the checkpoint is of."""
     _progressed: bool = False
 
     def begin(self, replica_id: str) -> None:
@@ -43,14 +45,15 @@ class Attempts:
         self.heard_s = asyncio.get_running_loop().time()
 
     def step(self, done: StepDone, checkpoint: CheckpointMessage | None) -> None:
-        """The running attempt has done a step."""
-        if checkpoint is not None:
-            self.checkpoint, self._progressed = checkpoint, True
+        """The running attempt has done a step. Only with a checkpoint further than the last is it progress."""
+        if checkpoint is not None and done.step > self._step:
+            self.checkpoint, self._step = checkpoint, done.step
+            self.tried, self._progressed = self.tried[-1:], True
         self.on_step(done)
 
     def forget_checkpoint(self) -> None:
         """The next attempt starts from the beginning, on any replica."""
-        self.checkpoint, self.tried = None, []
+        self.checkpoint, self._step, self.tried = None, 0, []
 
     async def heed(self, call: Awaitable[T], stage: str, silence_s: float, is_other_up: Callable[[], bool]) -> T:
         """The call's answer. Raises StageUnavailable when it falls silent while there is another replica to go to.

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -87,6 +88,24 @@ async def test_a_replica_that_goes_down_hands_its_requests_back_with_their_last_
     rest = await finish(start(two, step_count=200, deterministic=True, checkpoint=last))
     assert torch.equal(latents(rest), whole)
     assert rest.forward_count == 200 - last.step
+
+
+@pytest.mark.parametrize("from_step", [0, 4], ids=["its own", "another model's"])
+async def test_a_checkpoint_that_was_not_gone_on_from_is_not_sent_back(neighbours: Neighbours, from_step: int) -> None:
+    """Another model's would come back as the request's own, with that model's solver and noise."""
+    one, two = await neighbours.stage("denoiser", 1), await neighbours.stage("denoiser", 2)
+    made, _ = await checkpoints(one)
+    two.replica.hand_back()
+    call = start(
+        two, step_count=STEPS, checkpoint_interval=1, deterministic=True, checkpoint=made[4], from_step=from_step
+    )
+
+    async def follow() -> AsyncIterator[denoiser_pb2.DenoiseResponse]:
+        async for event in call:
+            assert not event.HasField("progress")
+            yield event
+
+    assert isinstance(from_rpc_error(await failure_of(follow()), "denoiser"), Moved)
 
 
 async def test_a_replica_that_goes_down_finishes_what_nobody_can_take_over(neighbours: Neighbours) -> None:

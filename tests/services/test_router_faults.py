@@ -1,13 +1,13 @@
 """The router when a replica fails, fills up, leaves or is missing, and when time runs out."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
 import numpy as np
 import pytest
 
-from darkroom.errors import DeadlinePassed, QueueFull, StageUnavailable
+from darkroom.errors import DeadlinePassed, Moved, QueueFull, StageUnavailable
 from darkroom.runtime.processes import free_port
 from darkroom.v1 import router_pb2
 from darkroom.wire.tensors import RemoteTensor
@@ -17,7 +17,6 @@ from tests.services.routing import (
     attempts,
     finish,
     generate,
-    generate_request,
     pixels,
     refusal,
     run,
@@ -279,21 +278,44 @@ async def test_a_request_may_come_back_to_a_replica_once_it_has_got_further(neig
     await start_all(neighbours)
     other = await neighbours.stage("denoiser", 0)
     router = await neighbours.router()
-    events = router.stub.Generate(generate_request(step_count=300, deterministic=True), timeout=60.0)
     stages = {"denoiser-0": other, "denoiser-1": neighbours.stages("denoiser")[0]}
-    handed: list[str] = []
-    running = ""
-    async for event in events:
+    started: list[str] = []
+    steps: list[int] = []
+    handing_back_count = 0
+    async for event in generate(router, step_count=60, deterministic=True, timeout_s=60.0):
         if event.HasField("node_started") and event.node_started.node_id == "denoise":
-            running = event.node_started.replica_id
-            handed.append(running)
-        if event.HasField("node_progress") and event.node_progress.step == 50 * len(handed) and len(handed) < 4:
-            stages[running].replica.hand_back()
-            await asyncio.sleep(0.05)
-            stages[running].replica._executor._handed_back_with = None  # it is up again
+            for left in started[-1:]:
+                stages[left].replica._executor._handed_back_with = None  # it handed back, and is up again
+            started.append(event.node_started.replica_id)
+        if event.HasField("node_progress"):
+            steps.append(event.node_progress.step)
+            if handing_back_count < min(len(started), 3):
+                stages[started[-1]].replica.hand_back()
+                handing_back_count += 1
     assert event.result.images
-    assert len(handed) == 4
-    assert len(set(handed)) == 2
+    assert started in (["denoiser-0", "denoiser-1"] * 2, ["denoiser-1", "denoiser-0"] * 2)
+    assert steps == list(range(1, 61)), "every step is told once"
+
+
+async def test_a_request_that_every_replica_hands_back_is_given_up(neighbours: Neighbours) -> None:
+    """What a replica gives back untouched is no progress, so nobody is asked twice for it."""
+    await start_all(neighbours)
+    await neighbours.stage("denoiser", 0)
+    router = await neighbours.router(replica_wait_s=0.1)
+    started: list[str] = []
+
+    async def follow() -> AsyncIterator[router_pb2.GenerateResponse]:
+        async for event in generate(router, step_count=300):
+            if event.HasField("node_started") and event.node_started.node_id == "denoise":
+                started.append(event.node_started.replica_id)
+            if event.HasField("node_progress") and event.node_progress.step == 1:
+                for stage in neighbours.stages("denoiser"):
+                    stage.replica.hand_back()
+            yield event
+
+    assert isinstance(await refusal(follow()), Moved)
+    first, second = sorted(set(started), key=started.index)
+    assert started == [first, second, first], "the first one again, for it had got further"
 
 
 async def test_a_replica_that_falls_silent_is_left(neighbours: Neighbours) -> None:
