@@ -36,7 +36,7 @@ from darkroom.store.manifest import (
     manifest_path,
 )
 from darkroom.store.objects import Fetch, NoRoom, Objects, refusing
-from darkroom.store.remote import Remote
+from darkroom.store.remote import Remote, Torn
 from darkroom.store.source import Afar, Wanted, weights_in
 
 _log = structlog.get_logger()
@@ -255,7 +255,7 @@ class NodeStore:
             raise UnusableModel(
                 entry_id, f"its file {path} in the model store is not what its manifest says"
             ) from error
-        except StoreUnavailable as error:
+        except (StoreUnavailable, Torn) as error:
             _log.warning("fetch_failed", entry_id=entry_id, file=path, problem=str(error), cause=repr(error.__cause__))
             raise StoreUnavailable(entry_id, _shown(error)) from error
 
@@ -346,6 +346,8 @@ def _shown(error: Exception) -> str:
     """What a caller may know of why: no paths, no addresses."""
     if isinstance(error, StoreUnavailable):
         return error.facts["problem"]
+    if isinstance(error, Torn):
+        return str(error)
     return "its index is malformed" if isinstance(error, Malformed) else "it has no index"
 
 

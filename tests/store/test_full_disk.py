@@ -188,6 +188,21 @@ def test_a_connection_that_breaks_past_the_disk_is_made_anew_where_it_broke(
     assert starts[1] > 7 * _MIB
 
 
+def test_what_came_past_the_disk_in_pieces_and_is_not_the_file_says_nothing_against_the_store(
+    web: Nginx, files: Path, tmp_path: Path
+) -> None:
+    make_store(files, "large", size_bytes=20 * _MIB)
+    write_index(files)
+    path = files / "large" / _WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    proxy = Cutting(web.port, cut_bytes=12 * _MIB)
+    store = _node(f"http://127.0.0.1:{proxy.port}", tmp_path / "cache", limit_bytes=2 * _MIB)
+    store.fetch("large", _all)
+    with pytest.raises(StoreUnavailable, match="not one file"):
+        list(_afar(store, "large").blocks())
+    proxy.close()
+
+
 def test_a_header_past_the_disk_costs_its_own_bytes(web: Nginx, tmp_path: Path) -> None:
     store = _node(web.url, tmp_path / "cache", limit_bytes=2 * _MIB)
     store.fetch("big", _all)
