@@ -77,8 +77,10 @@ class NodeStore:
         self._read_s = -float("inf")
         self._manifests: dict[Digest, Manifest] = {}
         self._refused: dict[Digest, tuple[float, str]] = {}
+        self._readable: set[Digest] = set()
+        """Weights that were wanted and can be read, wherever they are by now: others may have dropped them here."""
         self._afar: set[Digest] = set()
-        """Weights that the disk had no room for when they were last wanted."""
+        """Those of them that the disk had no room for when they were last wanted."""
 
     @property
     def root(self) -> Path:
@@ -116,15 +118,15 @@ class NodeStore:
                 done.result()
 
     def weights(self, folder: Path) -> list[Path]:
-        """Those that lie there, and those that the disk had no room for."""
+        """Those that lie there, and those that were fetched, whether the disk has kept them or not."""
         entry_id, _, rest = folder.relative_to(self._root).as_posix().partition("/")
         manifest = self._known(entry_id) or Manifest()
-        afar = [
+        readable = [
             self._root / entry_id / path
             for path, entry in manifest.files.items()
-            if entry.digest in self._afar and PurePosixPath(path).parent == PurePosixPath(rest)
+            if entry.digest in self._readable and PurePosixPath(path).parent == PurePosixPath(rest)
         ]
-        return sorted({*afar, *weights_in(folder)})
+        return sorted({*readable, *weights_in(folder)})
 
     def locate(self, path: Path) -> Path | Afar:
         """Afar is what the manifest names and was not kept, or is no longer: it was dropped to make room."""
@@ -205,6 +207,8 @@ class NodeStore:
                     what = f"this node's disk has no room, not even for {path} of {entry.size_bytes} bytes"
                     raise StoreUnavailable(entry_id, what) from problem
                 self._leave_afar(entry_id, path, entry)
+        if is_weights(path):
+            self._readable.add(entry.digest)
 
     def _keep(self, entry_id: str, path: str, entry: FileEntry, beside: frozenset[Digest]) -> None:
         """Raises NoRoom, and what fetching raises."""
