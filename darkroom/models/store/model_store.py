@@ -87,7 +87,7 @@ class ModelStore:
 
     def header(self, path: Path) -> TensorFile:
         """A weights file's header. Raises Malformed, OSError, or StoreUnavailable."""
-        return self._located(path, _header_of)
+        return self._located(path, self._header_of)
 
     def size_bytes(self, path: Path) -> int:
         """A weights file's size. Raises OSError."""
@@ -141,6 +141,13 @@ class ModelStore:
         except FileNotFoundError:  # dropped just now, to make room
             return use(self._source.locate(path))
 
+    def _header_of(self, found: Path | Afar) -> TensorFile:
+        if isinstance(found, Afar):
+            in_memory = self._host.header(found.entry.digest)
+            return in_memory or read_header(io.BytesIO(found.start()), found.entry.size_bytes)
+        with found.open("rb") as file:
+            return read_header(file, os.fstat(file.fileno()).st_size)
+
     def _entry_of(self, path: Path) -> str:
         """The entry in whose folder the file lies; empty if in none."""
         for root in (self.root, self.root.resolve()):
@@ -154,13 +161,6 @@ class ModelStore:
             self._source.fetch(entry_id, lambda other: other == rest)
             return True
         return False
-
-
-def _header_of(found: Path | Afar) -> TensorFile:
-    if isinstance(found, Afar):
-        return read_header(io.BytesIO(found.start()), found.entry.size_bytes)
-    with found.open("rb") as file:
-        return read_header(file, os.fstat(file.fileno()).st_size)
 
 
 def _size_of(found: Path | Afar) -> int:
