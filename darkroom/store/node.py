@@ -219,13 +219,15 @@ class NodeStore:
             beside=beside,
         )
         for attempt in range(1, _ATTEMPTS + 1):
+            found = None
             try:
                 with refusing():
                     found = self._objects.bring(fetch)
                     if _name(found, entry, path, self._root / entry_id / path):
                         return
-            except NoRoom:  # for names, perhaps
-                if attempt == _ATTEMPTS or not self._objects.give_way():
+            except NoRoom:
+                may_take = fetch.is_small or found is not None  # the room kept aside is for names too
+                if attempt == _ATTEMPTS or not (may_take and self._objects.give_way()):
                     raise
             else:
                 self._objects.quarantine(entry.digest)

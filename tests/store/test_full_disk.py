@@ -89,6 +89,33 @@ def test_weights_that_the_disk_has_no_room_for_are_read_past_it(web: Nginx, file
 
 
 @needs_root
+def test_nothing_goes_for_what_has_no_room_on_the_disk_even_if_it_had_in_the_cache(
+    web: Nginx, files: Path, cache: Path
+) -> None:
+    """The cache is full, and so is the disk of something else: what would be enough for one is too little for both."""
+    make_store(files, "long", size_bytes=9 * _MIB // 4)
+    write_index(files)
+    store = _node(web.url, cache, limit_bytes=3 * _MIB)
+    store.fetch("one", _all)
+    fill(cache, but_bytes=_MIB // 2)
+    store.fetch("long", _all)
+    assert (store.root / "one" / _WEIGHTS).exists()
+    assert _is_clean(store, cache)
+    _check_read(store, files, "long")
+
+
+def test_weights_that_stay_afar_leave_the_room_that_is_kept_aside(web: Nginx, tmp_path: Path) -> None:
+    store = _node(web.url, tmp_path / "cache", limit_bytes=2 * _MIB)
+    spare = tmp_path / "cache" / "spare"
+    held_bytes = spare.stat().st_size
+    assert held_bytes > 0
+    store._objects.give_way()
+    for _ in range(2):
+        store.fetch("big", _all)
+        assert spare.stat().st_size == held_bytes
+
+
+@needs_root
 def test_small_files_come_into_the_room_that_is_kept_aside(web: Nginx, files: Path, cache: Path) -> None:
     store = _node(web.url, cache)
     fill(cache)

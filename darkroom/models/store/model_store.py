@@ -119,7 +119,10 @@ class ModelStore:
 
         Raises Corrupt, OSError, or StoreUnavailable for one that is not here.
         """
-        if isinstance(self._source.locate(path), Afar):
+        self._located(path, lambda found: self._verify(path, found))
+
+    def _verify(self, path: Path, found: Path | Afar) -> None:
+        if isinstance(found, Afar):
             problem = "this node's disk has no room for its files, and they cannot be read past it"
             raise StoreUnavailable(self._entry_of(path), problem)
         expected = self._source.expected(path)

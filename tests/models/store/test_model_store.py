@@ -161,6 +161,9 @@ def test_weights_that_are_dropped_before_they_are_read_can_be_read(
     assert [path.name for path in part_files(store, "tiny-sd", "vae") or ()] == names
     store.fetch_weights("tiny-sd", "vae")
     assert store.size_bytes(store.root / "tiny-sd" / "vae" / names[0]) > 0
+    store.fetch_weights("tiny-sd", "vae")
+    with pytest.raises(StoreUnavailable):  # what must be read by its path
+        store.verify(store.root / "tiny-sd" / "vae" / names[0])
     plain = load_part(files, "tiny-sd", "vae", _CPU).networks["vae"].state_dict()
     for name, tensor in load_part(store, "tiny-sd", "vae", _CPU).networks["vae"].state_dict().items():
         assert torch.equal(tensor, plain[name])
