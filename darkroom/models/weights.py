@@ -117,8 +117,10 @@ def running_dtype(store: ModelStore, folder: Path, device: torch.device) -> torc
 
 
 def files_of(store: ModelStore, kind: Any, folder: Path) -> list[Path]:
-    """A network's weights files. Raises ValueError or OSError."""
+    """A network's weights files, at least one. Raises ValueError or OSError."""
     present = store.weights(folder)
+    if not present:
+        raise FileNotFoundError(f"{folder.name} has no weights")
     try:
         return weights_files(kind, folder, present)[0]
     except Unhandled:

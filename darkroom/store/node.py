@@ -36,7 +36,7 @@ from darkroom.store.manifest import (
     manifest_path,
 )
 from darkroom.store.objects import Fetch, NoRoom, Objects, refusing
-from darkroom.store.remote import Remote
+from darkroom.store.remote import Remote, Torn
 from darkroom.store.source import Afar, Wanted, weights_in
 
 _log = structlog.get_logger()
@@ -77,8 +77,10 @@ class NodeStore:
         self._read_s = -float("inf")
         self._manifests: dict[Digest, Manifest] = {}
         self._refused: dict[Digest, tuple[float, str]] = {}
+        self._readable: set[Digest] = set()
+        """Weights that were wanted and can be read, wherever they are by now: others may have dropped them here."""
         self._afar: set[Digest] = set()
-        """Weights that the disk had no room for when they were last wanted."""
+        """Those of them that the disk had no room for when they were last wanted."""
 
     @property
     def root(self) -> Path:
@@ -116,15 +118,15 @@ class NodeStore:
                 done.result()
 
     def weights(self, folder: Path) -> list[Path]:
-        """Those that lie there, and those that the disk had no room for."""
+        """Those that lie there, and those that were fetched, whether the disk has kept them or not."""
         entry_id, _, rest = folder.relative_to(self._root).as_posix().partition("/")
         manifest = self._known(entry_id) or Manifest()
-        afar = [
+        readable = [
             self._root / entry_id / path
             for path, entry in manifest.files.items()
-            if entry.digest in self._afar and PurePosixPath(path).parent == PurePosixPath(rest)
+            if entry.digest in self._readable and PurePosixPath(path).parent == PurePosixPath(rest)
         ]
-        return sorted({*afar, *weights_in(folder)})
+        return sorted({*readable, *weights_in(folder)})
 
     def locate(self, path: Path) -> Path | Afar:
         """Afar is what the manifest names and was not kept, or is no longer: it was dropped to make room."""
@@ -205,6 +207,8 @@ class NodeStore:
                     what = f"this node's disk has no room, not even for {path} of {entry.size_bytes} bytes"
                     raise StoreUnavailable(entry_id, what) from problem
                 self._leave_afar(entry_id, path, entry)
+        if is_weights(path):
+            self._readable.add(entry.digest)
 
     def _keep(self, entry_id: str, path: str, entry: FileEntry, beside: frozenset[Digest]) -> None:
         """Raises NoRoom, and what fetching raises."""
@@ -215,13 +219,15 @@ class NodeStore:
             beside=beside,
         )
         for attempt in range(1, _ATTEMPTS + 1):
+            found = None
             try:
                 with refusing():
                     found = self._objects.bring(fetch)
                     if _name(found, entry, path, self._root / entry_id / path):
                         return
-            except NoRoom:  # for names, perhaps
-                if attempt == _ATTEMPTS or not self._objects.give_way():
+            except NoRoom:
+                may_take = fetch.is_small or found is not None  # the room kept aside is for names too
+                if attempt == _ATTEMPTS or not (may_take and self._objects.give_way()):
                     raise
             else:
                 self._objects.quarantine(entry.digest)
@@ -255,7 +261,7 @@ class NodeStore:
             raise UnusableModel(
                 entry_id, f"its file {path} in the model store is not what its manifest says"
             ) from error
-        except StoreUnavailable as error:
+        except (StoreUnavailable, Torn) as error:
             _log.warning("fetch_failed", entry_id=entry_id, file=path, problem=str(error), cause=repr(error.__cause__))
             raise StoreUnavailable(entry_id, _shown(error)) from error
 
@@ -346,6 +352,8 @@ def _shown(error: Exception) -> str:
     """What a caller may know of why: no paths, no addresses."""
     if isinstance(error, StoreUnavailable):
         return error.facts["problem"]
+    if isinstance(error, Torn):
+        return str(error)
     return "its index is malformed" if isinstance(error, Malformed) else "it has no index"
 
 

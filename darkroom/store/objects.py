@@ -30,6 +30,8 @@ _log = structlog.get_logger()
 _POLL_S = 0.02
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MAX_QUARANTINED = 4
+_BESIDE_BYTES = 64 << 10
+"""What a file system may take with a file: blocks are whole, and so is what says where they are."""
 _LEFT_S = 3600.0
 """How long what was broken off waits for somebody to go on with it, unless room is needed."""
 
@@ -164,33 +166,40 @@ class Objects:
         )
 
     def _reserve(self, partial: Partial, fetch: Fetch) -> None:
-        """Room for the file, before a byte is fetched. Raises NoRoom, and has dropped nothing for it then."""
-        size_bytes, beside = fetch.entry.size_bytes, fetch.beside
+        """Room for the file, before a byte is fetched.
+
+        Raises NoRoom, and has dropped nothing for it then, unless others have taken what that left.
+        """
+        size_bytes = fetch.entry.size_bytes
         limit_bytes = self._limit_bytes if fetch.is_small else self.weights_limit_bytes
         with self._deciding():
             self._sweep()
-            needed = self.held_bytes() - partial.room_bytes(size_bytes) + size_bytes - limit_bytes
-            if size_bytes > limit_bytes or (needed > 0 and self._drop(needed, beside) < needed):
-                raise NoRoom
+            left_bytes = partial.room_bytes(size_bytes)
+            over_bytes = self.held_bytes() - left_bytes + size_bytes - limit_bytes
             if not fetch.is_small:
                 self._spare.fill()
-            ways: list[Callable[[], bool]] = [
-                lambda: True,
-                lambda: fetch.is_small and self._spare.give(size_bytes),
-                lambda: self._drop_for(size_bytes, beside),  # others use the disk too
-            ]
-            for way in ways:
-                with contextlib.suppress(NoRoom), refusing():
-                    if way():
-                        partial.allocate(size_bytes)
-                        return
-        raise NoRoom
+            if size_bytes > limit_bytes:
+                raise NoRoom
+            lacking_bytes = self._take(partial, fetch)
+            needed = max(over_bytes, lacking_bytes)
+            if needed > 0 and self._drop(needed, fetch.beside) < needed:
+                if not left_bytes:
+                    partial.clear()
+                self._spare.fill()
+                raise NoRoom
+            if lacking_bytes and not _allocated(partial, size_bytes):
+                raise NoRoom
 
-    def _drop_for(self, size_bytes: int, beside: Collection[Digest]) -> bool:
-        """Whether the disk should have so much free now."""
-        lacking = size_bytes - self.free_bytes()
-        needed = lacking if lacking > 0 else size_bytes  # of what is free, some may be for others
-        return self._drop(needed, beside) >= needed
+    def _take(self, partial: Partial, fetch: Fetch) -> int:
+        """Takes the room if the disk has it, whatever the cache's bound. Returns what it lacks: others use it too."""
+        size_bytes = fetch.entry.size_bytes
+        is_there = _allocated(partial, size_bytes)
+        if not is_there and fetch.is_small and self._spare.give(size_bytes):
+            is_there = _allocated(partial, size_bytes)
+        if is_there:
+            return 0
+        lacking = size_bytes + _BESIDE_BYTES - self.free_bytes()
+        return lacking if lacking > 0 else size_bytes  # of what is free, some may be for others
 
     @contextlib.contextmanager
     def _deciding(self) -> Iterator[None]:
@@ -267,6 +276,14 @@ class Objects:
                 with contextlib.suppress(FileNotFoundError):
                     found.append((path, path.stat().st_size))
         return found
+
+
+def _allocated(partial: Partial, size_bytes: int) -> bool:
+    """Whether it has the room now."""
+    with contextlib.suppress(NoRoom), refusing():
+        partial.allocate(size_bytes)
+        return True
+    return False
 
 
 def _used_s(path: Path) -> float:

@@ -32,7 +32,7 @@ _PAUSES_S = (0.1, 0.4, 1.5)
 _RANGE = re.compile(r"bytes (\d+)-")
 
 
-class Torn(StoreUnavailable):
+class Torn(Exception):
     """What came in several answers is not the file: the store has changed it meanwhile, or what came first is wrong."""
 
 
@@ -91,7 +91,7 @@ class Remote:
             _check_digest(begun, entry)
         except Malformed as problem:
             if any(starts):
-                raise Torn(path, "what it sent at several times is not one file") from problem
+                raise Torn("what it sent at several times is not one file") from problem
             raise
 
     def _pieces(self, path: str, size_bytes: int, starts: list[int]) -> Iterator[bytes]:

@@ -46,7 +46,7 @@ class Source(Protocol):
         """
 
     def weights(self, folder: Path) -> list[Path]:
-        """The weights files in a folder below `root`, by name: those that lie there, and those that stayed afar."""
+        """The weights files in a folder below `root`, by name: those that lie there, and those that `fetch` was for."""
 
     def locate(self, path: Path) -> Path | Afar:
         """Where to read a weights file: the path if it lies there, or if nobody knows of it."""

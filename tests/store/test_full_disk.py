@@ -89,6 +89,33 @@ def test_weights_that_the_disk_has_no_room_for_are_read_past_it(web: Nginx, file
 
 
 @needs_root
+def test_nothing_goes_for_what_has_no_room_on_the_disk_even_if_it_had_in_the_cache(
+    web: Nginx, files: Path, cache: Path
+) -> None:
+    """The cache is full, and so is the disk of something else: what would be enough for one is too little for both."""
+    make_store(files, "long", size_bytes=9 * _MIB // 4)
+    write_index(files)
+    store = _node(web.url, cache, limit_bytes=3 * _MIB)
+    store.fetch("one", _all)
+    fill(cache, but_bytes=_MIB // 2)
+    store.fetch("long", _all)
+    assert (store.root / "one" / _WEIGHTS).exists()
+    assert _is_clean(store, cache)
+    _check_read(store, files, "long")
+
+
+def test_weights_that_stay_afar_leave_the_room_that_is_kept_aside(web: Nginx, tmp_path: Path) -> None:
+    store = _node(web.url, tmp_path / "cache", limit_bytes=2 * _MIB)
+    spare = tmp_path / "cache" / "spare"
+    held_bytes = spare.stat().st_size
+    assert held_bytes > 0
+    store._objects.give_way()
+    for _ in range(2):
+        store.fetch("big", _all)
+        assert spare.stat().st_size == held_bytes
+
+
+@needs_root
 def test_small_files_come_into_the_room_that_is_kept_aside(web: Nginx, files: Path, cache: Path) -> None:
     store = _node(web.url, cache)
     fill(cache)
@@ -186,6 +213,21 @@ def test_a_connection_that_breaks_past_the_disk_is_made_anew_where_it_broke(
     starts = web.starts(f"large/{_WEIGHTS}")
     assert starts[0] == 0
     assert starts[1] > 7 * _MIB
+
+
+def test_what_came_past_the_disk_in_pieces_and_is_not_the_file_says_nothing_against_the_store(
+    web: Nginx, files: Path, tmp_path: Path
+) -> None:
+    make_store(files, "large", size_bytes=20 * _MIB)
+    write_index(files)
+    path = files / "large" / _WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    proxy = Cutting(web.port, cut_bytes=12 * _MIB)
+    store = _node(f"http://127.0.0.1:{proxy.port}", tmp_path / "cache", limit_bytes=2 * _MIB)
+    store.fetch("large", _all)
+    with pytest.raises(StoreUnavailable, match="not one file"):
+        list(_afar(store, "large").blocks())
+    proxy.close()
 
 
 def test_a_header_past_the_disk_costs_its_own_bytes(web: Nginx, tmp_path: Path) -> None:

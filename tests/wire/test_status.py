@@ -1,5 +1,7 @@
 """Errors survive the wire whole, and foreign statuses become errors of ours."""
 
+import ast
+from pathlib import Path
 from typing import TypeVar
 
 import grpc
@@ -71,6 +73,18 @@ def leaves(root: type[errors.DarkroomError]) -> set[type[errors.DarkroomError]]:
 
 def test_there_is_an_example_of_every_error() -> None:
     assert {type(error) for error, _ in EXAMPLES} == leaves(errors.DarkroomError)
+
+
+def test_no_module_adds_to_the_tree() -> None:
+    """The table is made of the classes that there are when it is first imported, whatever else is imported later."""
+    names = {name for name in dir(errors) if name[0].isupper()}
+    assert errors.__file__ is not None
+    for path in Path(errors.__file__).parent.rglob("*.py"):
+        classes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+        bases = {
+            base.attr if isinstance(base, ast.Attribute) else ast.unparse(base) for c in classes for base in c.bases
+        }
+        assert path.name == "errors.py" or not names & bases, path
 
 
 def test_no_two_errors_have_one_reason() -> None:

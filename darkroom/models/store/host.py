@@ -8,7 +8,6 @@ every tensor for numbers that are none.
 """
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import os
@@ -26,6 +25,7 @@ import numpy as np
 import structlog
 import torch
 
+from darkroom.errors import StoreUnavailable
 from darkroom.models.store.direct_read import ShortFile, padded_bytes, read_file
 from darkroom.models.store.pool import Bytes, HostPool, available_bytes
 from darkroom.policy.eviction import Resident
@@ -56,7 +56,7 @@ _TYPES = {
 _CHECKED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 Key = tuple[int, int, int, int] | Digest
-"""Device, inode, size and time of change: names of one file have one key. Of a file that is afar, its digest."""
+"""Device, inode, size and time of change: names of one file have one key. Where one is known, its digest is another."""
 
 
 class Corrupt(ValueError):
@@ -124,8 +124,14 @@ class HostCache:
             return self._once(key, entry_id, read)
 
     def read_afar(self, afar: Afar, entry_id: str) -> HostFile:
-        """The file, from memory or past the disk. Raises Corrupt, OSError for want of memory, or what `afar` does."""
-        return self._once(afar.entry.digest, entry_id, lambda: self._receive(afar))
+        """The file, from memory or past the disk. Raises Corrupt, StoreUnavailable, or what `afar` does."""
+        return self._once(afar.entry.digest, entry_id, lambda: self._receive(afar, entry_id))
+
+    def header(self, digest: Digest) -> TensorFile | None:
+        """That of a file whose digest somebody promised, if it is in memory."""
+        with self._lock:
+            found = self._alive.get(digest)
+        return found.header if found is not None else None
 
     def _once(self, key: Key, entry_id: str, read: Callable[[], HostFile]) -> HostFile:
         with self._lock:
@@ -193,15 +199,18 @@ class HostCache:
             raise Corrupt(str(error)) from error
         if expected is not None and hasher.hexdigest() != expected.digest:
             raise Corrupt("it has another digest than its manifest names")
+        if expected is not None:  # for whoever wants it when the disk no longer has it
+            with self._lock:
+                self._alive[expected.digest] = found
         self.read_count += 1
         self.eviction.loaded(Tier.HOST, size_bytes, time.monotonic() - start_s)
         return found
 
-    def _receive(self, afar: Afar) -> HostFile:
+    def _receive(self, afar: Afar, entry_id: str) -> HostFile:
         """What comes is verified by who sends it, once all of it has come."""
         start_s, size_bytes = time.monotonic(), afar.entry.size_bytes
         if size_bytes > available_bytes() + self._pool.idle_bytes:
-            raise OSError(errno.ENOMEM, f"memory has no room for {size_bytes} bytes")
+            raise StoreUnavailable(entry_id, f"this node's memory has no room for {size_bytes} bytes of it")
         with contextlib.closing(afar.blocks()) as blocks:
             beginning = Beginning(blocks)
             header = _header(beginning, size_bytes)

@@ -4,7 +4,9 @@ import contextlib
 import io
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import blake3
 import structlog
@@ -22,6 +24,7 @@ from darkroom.store.source import Afar, Source, Wanted, is_small
 
 _log = structlog.get_logger()
 _ATTEMPTS = 2
+T = TypeVar("T")
 _DEFAULT_NAMES = re.compile(r"(?:diffusion_pytorch_model|model)(?:-[0-9]{5}-of-[0-9]{5})?\.safetensors")
 """Of the weights that diffusers and transformers load if not told otherwise."""
 
@@ -84,16 +87,11 @@ class ModelStore:
 
     def header(self, path: Path) -> TensorFile:
         """A weights file's header. Raises Malformed, OSError, or StoreUnavailable."""
-        found = self._source.locate(path)
-        if isinstance(found, Afar):
-            return read_header(io.BytesIO(found.start()), found.entry.size_bytes)
-        with found.open("rb") as file:
-            return read_header(file, os.fstat(file.fileno()).st_size)
+        return self._located(path, self._header_of)
 
     def size_bytes(self, path: Path) -> int:
         """A weights file's size. Raises OSError."""
-        found = self._source.locate(path)
-        return found.entry.size_bytes if isinstance(found, Afar) else found.stat().st_size
+        return self._located(path, _size_of)
 
     def promised(self, path: Path) -> Digest | None:
         """The digest that a file must have; None where nobody promised one."""
@@ -121,7 +119,10 @@ class ModelStore:
 
         Raises Corrupt, OSError, or StoreUnavailable for one that is not here.
         """
-        if isinstance(self._source.locate(path), Afar):
+        self._located(path, lambda found: self._verify(path, found))
+
+    def _verify(self, path: Path, found: Path | Afar) -> None:
+        if isinstance(found, Afar):
             problem = "this node's disk has no room for its files, and they cannot be read past it"
             raise StoreUnavailable(self._entry_of(path), problem)
         expected = self._source.expected(path)
@@ -136,6 +137,20 @@ class ModelStore:
             self._source.refuse(path, problem)
             raise Corrupt(problem)
 
+    def _located(self, path: Path, use: Callable[[Path | Afar], T]) -> T:
+        """What comes of using the file where it is. Raises what `use` does."""
+        try:
+            return use(self._source.locate(path))
+        except FileNotFoundError:  # dropped just now, to make room
+            return use(self._source.locate(path))
+
+    def _header_of(self, found: Path | Afar) -> TensorFile:
+        if isinstance(found, Afar):
+            in_memory = self._host.header(found.entry.digest)
+            return in_memory or read_header(io.BytesIO(found.start()), found.entry.size_bytes)
+        with found.open("rb") as file:
+            return read_header(file, os.fstat(file.fileno()).st_size)
+
     def _entry_of(self, path: Path) -> str:
         """The entry in whose folder the file lies; empty if in none."""
         for root in (self.root, self.root.resolve()):
@@ -149,6 +164,10 @@ class ModelStore:
             self._source.fetch(entry_id, lambda other: other == rest)
             return True
         return False
+
+
+def _size_of(found: Path | Afar) -> int:
+    return found.entry.size_bytes if isinstance(found, Afar) else found.stat().st_size
 
 
 def _weights_in(components: tuple[str, ...]) -> Wanted:

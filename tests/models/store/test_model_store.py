@@ -9,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from darkroom.errors import ModelNotFound, StoreUnavailable, UnusableModel
-from darkroom.models.loader import load_part
+from darkroom.models.loader import load_part, part_files, part_sizes
 from darkroom.models.replica import StageReplica
 from darkroom.models.store.model_store import ModelStore, model_store
 from darkroom.store.folder import Folder
 from darkroom.store.indexing import write_index
+from darkroom.store.node import NodeStore
 from darkroom.store.opening import check_store, open_source
+from darkroom.store.source import Afar, Wanted
 from darkroom.wire.tasks import LoraUse
 from tests.tiny_models import save_tiny_model
 
@@ -126,6 +128,54 @@ def test_what_is_no_model_is_not_found(name: str, files: Path, tmp_path: Path) -
 def test_a_store_that_was_never_read_is_unavailable(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable):
         load_part(_open(tmp_path / "none", tmp_path), "tiny-sd", "vae", _CPU)
+
+
+class _DroppedOnceFetched(NodeStore):
+    """Beside a process that needs the room for something else at once."""
+
+    def fetch(self, entry_id: str, wanted: Wanted) -> None:
+        super().fetch(entry_id, wanted)
+        for path in (self.root / entry_id).rglob("*.safetensors"):
+            path.unlink()
+
+
+class _DroppedOnceLocated(NodeStore):
+    """Likewise, a little later."""
+
+    def locate(self, path: Path) -> Path | Afar:
+        found = super().locate(path)
+        path.unlink(missing_ok=True)
+        return found
+
+
+@pytest.mark.parametrize("kind", [_DroppedOnceFetched, _DroppedOnceLocated])
+def test_weights_that_are_dropped_before_they_are_read_can_be_read(
+    kind: type[NodeStore], files: Path, tmp_path: Path
+) -> None:
+    source = kind(f"file://{files}", tmp_path / "cache", limit_bytes=1 << 30)
+    store = model_store(source, device="cpu", pool_bytes=0, host_cache_bytes=0)
+    assert [*part_sizes(store, "tiny-sd", "vae", _CPU).values()] == [
+        *part_sizes(files, "tiny-sd", "vae", _CPU).values()
+    ]
+    names = ["diffusion_pytorch_model.safetensors"]
+    assert [path.name for path in part_files(store, "tiny-sd", "vae") or ()] == names
+    store.fetch_weights("tiny-sd", "vae")
+    assert store.size_bytes(store.root / "tiny-sd" / "vae" / names[0]) > 0
+    store.fetch_weights("tiny-sd", "vae")
+    with pytest.raises(StoreUnavailable):  # what must be read by its path
+        store.verify(store.root / "tiny-sd" / "vae" / names[0])
+    plain = load_part(files, "tiny-sd", "vae", _CPU).networks["vae"].state_dict()
+    for name, tensor in load_part(store, "tiny-sd", "vae", _CPU).networks["vae"].state_dict().items():
+        assert torch.equal(tensor, plain[name])
+
+
+def test_a_network_without_weights_has_no_size_and_its_part_no_files(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "tiny-sdxl")
+    assert len(part_files(tmp_path, "tiny-sdxl", "encoder") or ()) == 2
+    (tmp_path / "tiny-sdxl" / "text_encoder_2" / "model.safetensors").unlink()
+    assert part_files(tmp_path, "tiny-sdxl", "encoder") is None
+    with pytest.raises(UnusableModel, match="FileNotFoundError"):
+        part_sizes(tmp_path, "tiny-sdxl", "encoder", _CPU)
 
 
 async def test_adapters_are_fetched_beside_the_base(files: Path, tmp_path: Path) -> None:
