@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from darkroom.errors import DeviceFull, StoreUnavailable
+from darkroom.models.adapters import Adapters
 from darkroom.models.loader import part_sizes
 from darkroom.models.merging import MergedPairs, name_of
 from darkroom.models.program import Ticket
@@ -327,6 +329,30 @@ async def test_what_cannot_be_merged_goes_on_beside_and_others_are_merged(store:
     assert kept.merged == {}
     await kept.pairs.look()
     assert kept.merged == {"tiny-sd": [CHALK]}
+    kept.replica.close()
+
+
+async def test_a_pair_that_cannot_be_read_now_is_merged_later_and_others_meanwhile(store: Path) -> None:
+    kept = Merging(store)
+    for uses in (INK, INK, CHALK):
+        async with kept.request(uses):
+            pass
+    borrow = kept.pairs.borrow
+
+    @asynccontextmanager
+    async def unavailable(model_id: str) -> AsyncIterator[Adapters | None]:
+        raise StoreUnavailable(model_id, "it is down")
+        yield
+
+    kept.pairs.borrow = unavailable
+    await kept.pairs.look()
+    kept.pairs.borrow = borrow
+    await kept.pairs.look()
+    assert kept.merged == {"tiny-sd": [CHALK]}
+    now_s = kept.pairs.clock()
+    kept.pairs.clock = lambda: now_s + 40.0
+    await kept.pairs.look()
+    assert kept.merged == {"tiny-sd": [CHALK, INK]}
     kept.replica.close()
 
 
