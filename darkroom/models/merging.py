@@ -1,11 +1,12 @@
 """The pairs of a base and LoRAs that a replica keeps merged: looked over and made beside requests, by `policy/fusion`.
 
-The rule: merged copies live in what is left. They push nothing out, and leave before any model does: a copy is made
-anew in seconds and without I/O. A request keeps the copy that it began with.
+The rule: merged copies live in what is left. They push nothing out, and leave before any LoRA or model does: a copy is
+made anew in seconds and without I/O. A request keeps the copy that it began with.
 """
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -145,7 +146,15 @@ class MergedPairs:
                 await self._merge(pair)
                 break
 
-    def spare(self, needed_bytes: int) -> None:
+    def sparable(self) -> dict[str, int]:
+        """Bytes of copies that no request holds, by the name that their model counts them under."""
+        sizes: Counter[str] = Counter()
+        for copy in self._copies.values():
+            if copy.networks and not copy.holder_count:
+                sizes[self.room(copy.pair.model_id).name] += copy.size_bytes
+        return sizes
+
+    def spare(self, needed_bytes: float) -> None:
         """Lets go of copies that no request holds until so many bytes are free, those asked for least first."""
         rates = self.costs.rates(self.clock())
         for name in sorted(self._copies, key=lambda name: (rates.get(name, 0.0), name)):

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from darkroom.models.lora_file import Refused, weights_file
 from darkroom.models.merging import MergedPairs, MergedState
 from darkroom.models.program import Ticket
 from darkroom.models.remote import Send
-from darkroom.models.residency import Residency
+from darkroom.models.residency import Asker, Residency
 from darkroom.models.store.host import Corrupt
 from darkroom.models.store.model_store import ModelStore, store_of
 from darkroom.models.tiers import Copy, PartTiers
@@ -99,7 +100,7 @@ class StageReplica:
         self.share(self._parts)
         self._max_lora_bytes = max_lora_bytes
         self._merging: MergedPairs | None = None
-        self._running = self._finished = 0
+        self._running = self._finished = self._hint_count = 0
         self._start_s = time.monotonic()
         self.send: Send | None = None
         """Calls networks that other stages hold."""
@@ -131,9 +132,18 @@ class StageReplica:
         """What is asked for inside stays loaded until the end; a request holds what it uses."""
         return self._residency.holding()
 
-    def preparing(self) -> contextlib.AbstractContextManager[None]:
-        """What is asked for inside only a hint asks for: it waits for no room, and takes none that is worth much."""
-        return self._residency.preparing()
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What is asked for inside only a hint asks for: it waits for no room, and pushes out what is idle.
+
+        Not what other hints brought, though, while their requests are waited for.
+        """
+        self._hint_count += 1
+        try:
+            with self._residency.asking(Asker.HINT):
+                yield
+        finally:
+            self._hint_count -= 1
 
     def share(self, shared: OnDemand[Any, Any]) -> None:
         """What requests here share beside the parts of models: it is announced and described with them."""
@@ -180,13 +190,17 @@ class StageReplica:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has no request."""
-        return not self._running
+        """Whether it has no request, and loads nothing for one to come."""
+        return not self._running and not self._hint_count
 
     async def bring(self, model_id: str, tier: Tier) -> None:
-        """Brings its part of a model to a tier, for later requests. Raises what `part` raises, or DeviceFull."""
+        """Brings its part of a model to a tier, for later requests. Raises what `part` raises, or DeviceFull.
+
+        Nothing that hints brought makes room for it while their requests are waited for.
+        """
         if tier is Tier.DEVICE:
-            await self.part(model_id)
+            with self._residency.asking(Asker.ORDER):
+                await self.part(model_id)
         else:
             await asyncio.to_thread(self._tiers.bring, model_id, tier)
 
@@ -254,7 +268,7 @@ class StageReplica:
             room=lambda model_id: self._parts.beside(model_id, f"merged {model_id}"),
             free_bytes=lambda: self._residency.free_bytes,
         )
-        self._residency.spare = self._merging.spare
+        self._residency.spare, self._residency.sparable = self._merging.spare, self._merging.sparable
 
     def _merging_of(self, part: Part) -> MergedPairs | None:
         """What keeps pairs of a part merged; a part with IP-Adapters, made of another, has none."""

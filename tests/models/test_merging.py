@@ -225,6 +225,28 @@ async def test_a_merged_copy_pushes_nothing_out(store: Path, sizes: tuple[int, i
     kept.replica.close()
 
 
+async def test_a_hint_that_finds_no_room_costs_no_merged_copy(store: Path, sizes: tuple[int, int, int]) -> None:
+    kept = Merging(store, budget_bytes=sum(sizes))
+    await kept.ask(INK)
+    async with kept.replica.accepted():
+        await kept.replica.part("tiny-sd")
+        with kept.replica.preparing(), pytest.raises(DeviceFull):
+            await kept.replica.part("other")
+    assert kept.merged == {"tiny-sd": [INK]}
+    kept.replica.close()
+
+
+async def test_merged_copies_leave_before_loras_that_nobody_uses(store: Path, sizes: tuple[int, int, int]) -> None:
+    part_bytes, lora_bytes, merged_bytes = sizes
+    kept = Merging(store, budget_bytes=part_bytes + lora_bytes + merged_bytes + lora_bytes // 2)
+    for uses in (INK, CHALK):
+        await kept.ask(uses)
+    (part,) = kept.replica.state().parts
+    assert sorted(part.beside["loras"].resident()) == ["chalk", "ink"]  # type: ignore[union-attr]  # it is a part
+    assert kept.merged == {}
+    kept.replica.close()
+
+
 async def test_the_best_pairs_are_kept_up_to_count_and_bytes(store: Path, sizes: tuple[int, int, int]) -> None:
     for bound in ({"most": 1}, {"max_bytes": 1.5 * sizes[2]}):
         kept = Merging(store, **bound)

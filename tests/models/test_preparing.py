@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ from darkroom.models.lone import OnDemand
 from darkroom.models.preparing import Preparations
 from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
-from darkroom.models.residency import Residency
+from darkroom.models.residency import Asker, Residency
 from darkroom.models.store.model_store import model_store
+from darkroom.policy.worth import Tier
 from darkroom.store.evicting import Eviction
 from darkroom.store.opening import open_source
 from darkroom.wire.tasks import LoraUse, PrepareTask
@@ -102,9 +104,11 @@ async def test_a_hint_takes_no_place_among_the_requests(store: Path) -> None:
             assert replica.state().running_count == 1
         preparing = asyncio.create_task(hints.prepare(hint("b")))
         await until(lambda: "b" in replica)
-        assert replica.is_idle
+        assert replica.state().running_count == 0
+        assert not replica.is_idle, "orders of the plan wait for it"
         await ask(replica, "a")
         await preparing
+        assert replica.is_idle
 
 
 async def test_a_hint_pushes_out_what_is_idle_and_nothing_that_a_request_uses(store: Path) -> None:
@@ -142,6 +146,25 @@ async def test_what_a_hint_brought_is_any_other_model_once_a_request_had_it(stor
         assert held(replica) == ["b"]
 
 
+async def test_an_order_of_the_plan_does_not_push_out_what_a_hint_brought(store: Path) -> None:
+    async with replica_with_room(store, 1) as replica:
+        await Preparations(replica, replica.part).prepare(hint("a"))
+        replica._residency._wait_s = 0.1
+        await replica.bring("a", Tier.DEVICE)
+        with pytest.raises(DeviceFull):
+            await replica.bring("b", Tier.DEVICE)
+        assert held(replica) == ["a"]
+
+
+async def test_what_a_hint_brought_is_any_other_model_once_its_request_is_overdue(store: Path) -> None:
+    async with replica_with_room(store, 1) as replica:
+        hints = Preparations(replica, replica.part)
+        await hints.prepare(hint("a"))
+        replica._parts._entries["a"].used_s -= 100.0
+        await hints.prepare(hint("b"))
+        assert held(replica) == ["b"]
+
+
 class Slow:
     """Something loaded on demand that takes all the room there is, and is measured when it may be."""
 
@@ -166,7 +189,7 @@ async def test_a_request_that_joins_a_hint_waits_for_room_as_it_would_have_witho
             return got
 
     async def hinted(key: str) -> str:
-        with residency.preparing():
+        with residency.asking(Asker.HINT):
             return await slow.things.get(key)
 
     slow.may_go_on.set()
@@ -183,6 +206,20 @@ async def test_a_request_that_joins_a_hint_waits_for_room_as_it_would_have_witho
     may_leave.set()
     assert await asked == await ahead == "wanted"
     await first
+
+
+async def test_a_request_is_not_overdue_while_its_model_is_on_its_way() -> None:
+    residency = Residency(10)
+    slow = Slow(residency)
+    with residency.asking(Asker.HINT):
+        coming = asyncio.create_task(slow.things.get("far away"))
+    await until(lambda: "far away" in slow.things)
+    entry = slow.things._entries["far away"]
+    entry.used_s -= 100.0
+    slow.may_go_on.set()
+    await coming
+    assert entry.is_expected(time.monotonic())
+    assert not entry.is_expected(time.monotonic() + 100.0)
 
 
 async def test_a_load_goes_on_when_its_caller_leaves(store: Path) -> None:
