@@ -34,6 +34,8 @@ T = TypeVar("T")
 _log = structlog.get_logger()
 _RETRY_AFTER_S = "1"
 _WATCH_INTERVAL_S = 0.5
+_CONCURRENT_PREFETCHES = 4
+"""On threads of their own: from afar one may take minutes, and what requests do must not wait behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,7 @@ class StageReplica:
         """Told the id of what is dropped to make room: whatever was made of it must go too."""
         self._announcing: set[asyncio.Task[None]] = set()
         self._prefetching: set[str] = set()
+        self._prefetches = ThreadPoolExecutor(_CONCURRENT_PREFETCHES, thread_name_prefix="prefetch")
 
     @contextlib.asynccontextmanager
     async def accepted(self) -> AsyncIterator[None]:
@@ -235,7 +238,7 @@ class StageReplica:
             with contextlib.suppress(DarkroomError, Refused, Corrupt, OSError):
                 self.store.read(weights_file(self.store, lora_id))
 
-        work = asyncio.get_running_loop().run_in_executor(None, fetch)
+        work = asyncio.get_running_loop().run_in_executor(self._prefetches, fetch)
         work.add_done_callback(lambda _: self._prefetching.discard(lora_id))
 
     @contextlib.asynccontextmanager
@@ -337,5 +340,6 @@ class StageReplica:
         """Ends the executor; a stalled one ends with its process."""
         if self._merging:
             self._merging.close()
+        self._prefetches.shutdown(wait=False, cancel_futures=True)
         if not self._stalled.done():
             self._executor.close()

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from darkroom.errors import DeviceFull, InvalidField, ModelNotFound, QueueFull
+from darkroom.errors import DeviceFull, Draining, InvalidField, ModelNotFound, QueueFull
 from darkroom.models.controlnets import ControlNets
 from darkroom.models.loader import Part, part_sizes
 from darkroom.models.lone import OnDemand
@@ -35,12 +36,14 @@ _CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of one size, and a ControlNet."""
+    """Models of one size, a ControlNet and a LoRA."""
     root = tmp_path_factory.mktemp("store")
     save_tiny_model(root, "tiny-sd")
     CONTROLNETS["control-sd"]().save_pretrained(root / "control-sd", safe_serialization=True)
     for name in "abc":
         shutil.copytree(root / "tiny-sd", root / name)
+    (root / "ink").mkdir()
+    save_file({"x": torch.zeros(8)}, root / "ink" / "pytorch_lora_weights.safetensors")
     return root
 
 
@@ -285,9 +288,44 @@ async def test_controlnets_are_refused_where_none_are_taken(store: Path) -> None
 
 
 async def test_files_of_loras_are_fetched_beside_the_model(store: Path) -> None:
-    (store / "ink").mkdir(exist_ok=True)
-    save_file({"x": torch.zeros(8)}, store / "ink" / "pytorch_lora_weights.safetensors")
     async with replica_with_room(store) as replica:
         hints = Preparations(replica, replica.part)
         await hints.prepare(hint("a", loras=(LoraUse("ink", 1.0), LoraUse("unknown", 1.0))))
         await until(lambda: replica.store.held_bytes("ink") > 0)
+
+
+async def test_requests_do_not_wait_behind_files_that_hints_fetch(store: Path) -> None:
+    is_reading, may_go_on = threading.Event(), threading.Event()
+
+    def read(name: str) -> Any:
+        del name
+        is_reading.set()
+        may_go_on.wait(20.0)
+
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    async with replica_with_room(store) as replica:
+        replica.store.read = read  # type: ignore[method-assign,assignment]
+        replica.prefetch("a", [LoraUse("ink", 1.0)])
+        try:
+            await until(is_reading.is_set)
+            await asyncio.wait_for(asyncio.to_thread(lambda: None), 8.0)
+        finally:
+            may_go_on.set()
+
+
+async def test_nobody_waits_for_a_hint_at_a_replica_that_goes_down(store: Path) -> None:
+    may_load = asyncio.Event()
+
+    async def load(model_id: str) -> Any:
+        del model_id
+        await may_load.wait()
+
+    async with replica_with_room(store) as replica:
+        hints = Preparations(replica, load)
+        waiting = asyncio.create_task(hints.prepare(hint("far away")))
+        await until(lambda: bool(hints._loading))
+        await hints.end()
+        with pytest.raises(Draining):
+            await asyncio.wait_for(waiting, 8.0)
+        may_load.set()
+        await until(lambda: not hints._loading)
