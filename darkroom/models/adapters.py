@@ -181,7 +181,7 @@ class Adapters:
             return
         async with self._taking:
             total_bytes = self._total_bytes()
-            while not self.room.fits(total_bytes) and (left := self._drop_unheld(total_bytes - 1)) < total_bytes:
+            while not self.room.clear(total_bytes) and (left := self._drop_unheld(total_bytes - 1)) < total_bytes:
                 total_bytes = left
             await self.room.take(total_bytes)
 

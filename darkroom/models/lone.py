@@ -167,7 +167,7 @@ class OnDemand(Generic[K, T]):
             level = "info" if isinstance(error, InvalidRequest | NotFound | Overloaded) else "error"
             getattr(_log, level)("load_failed", model_id=key, problem=str(error), cause=repr(error.__cause__))
             raise
-        entry.is_loaded = True
+        entry.is_loaded, entry.used_s = True, time.monotonic()
         _log.info("loaded", model_id=key, load_s=round(time.monotonic() - start_s, 3))
         if self.on_loaded:
             await self.on_loaded(made)

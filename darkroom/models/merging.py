@@ -1,11 +1,12 @@
 """The pairs of a base and LoRAs that a replica keeps merged: looked over and made beside requests, by `policy/fusion`.
 
-The rule: merged copies live in what is left. They push nothing out, and leave before any model does: a copy is made
-anew in seconds and without I/O. A request keeps the copy that it began with.
+The rule: merged copies live in what is left. They push nothing out, and leave before any LoRA or model does: a copy is
+made anew in seconds and without I/O. A request keeps the copy that it began with.
 """
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Self
 import structlog
 import torch
 
+from darkroom.errors import Overloaded, Unavailable
 from darkroom.models.adapted import Scaled
 from darkroom.models.adapters import Adapters, stand_in_carrying
 from darkroom.models.loader import Part
@@ -26,6 +28,8 @@ from darkroom.wire.tasks import LoraUse
 
 _log = structlog.get_logger()
 _LOOK_INTERVAL_S = 10.0
+_RETRY_S = 30.0
+"""Until a pair is tried again for which there was no room, or no store to read from: others have their turn."""
 _GUESSED_PACE_S = 2e-9
 """Seconds that merging takes for each byte, until it was measured."""
 
@@ -49,6 +53,8 @@ class _Asked:
     name: str
     size_bytes: int | None
     """What its copy takes; None if it cannot be merged."""
+    due_s: float = 0.0
+    """Before that it is not tried."""
 
 
 @dataclass(slots=True, eq=False)
@@ -135,11 +141,20 @@ class MergedPairs:
             self._release(copy)
         for name in chosen:
             pair = self._asked[name]
-            if name not in self._copies and len(self._copies) < self.most and self._fits(pair):
+            is_due = name not in self._copies and self.clock() >= pair.due_s
+            if is_due and len(self._copies) < self.most and self._fits(pair):
                 await self._merge(pair)
                 break
 
-    def spare(self, needed_bytes: int) -> None:
+    def sparable(self) -> dict[str, int]:
+        """Bytes of copies that no request holds, by the name that their model counts them under."""
+        sizes: Counter[str] = Counter()
+        for copy in self._copies.values():
+            if copy.networks and not copy.holder_count:
+                sizes[self.room(copy.pair.model_id).name] += copy.size_bytes
+        return sizes
+
+    def spare(self, needed_bytes: float) -> None:
         """Lets go of copies that no request holds until so many bytes are free, those asked for least first."""
         rates = self.costs.rates(self.clock())
         for name in sorted(self._copies, key=lambda name: (rates.get(name, 0.0), name)):
@@ -196,7 +211,10 @@ class MergedPairs:
                 if adapters is not None:
                     await self._make(pair, adapters)
         except Exception as error:  # noqa: BLE001 - requests run beside the base, whatever keeps their pair from merging
-            pair.size_bytes = None
+            if isinstance(error, Overloaded | Unavailable):
+                pair.due_s = self.clock() + _RETRY_S
+            else:
+                pair.size_bytes = None
             _log.warning("not_merged", pair=pair.name, problem=str(error), error=type(error).__name__)
             return
         copy = self._copies.get(pair.name)

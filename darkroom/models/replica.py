@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from darkroom.models.lora_file import Refused, weights_file
 from darkroom.models.merging import MergedPairs, MergedState
 from darkroom.models.program import Ticket
 from darkroom.models.remote import Send
-from darkroom.models.residency import Residency
+from darkroom.models.residency import Asker, Residency
 from darkroom.models.store.host import Corrupt
 from darkroom.models.store.model_store import ModelStore, store_of
 from darkroom.models.tiers import Copy, PartTiers
@@ -33,6 +34,8 @@ T = TypeVar("T")
 _log = structlog.get_logger()
 _RETRY_AFTER_S = "1"
 _WATCH_INTERVAL_S = 0.5
+_CONCURRENT_PREFETCHES = 4
+"""On threads of their own: from afar one may take minutes, and what requests do must not wait behind it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +102,7 @@ class StageReplica:
         self.share(self._parts)
         self._max_lora_bytes = max_lora_bytes
         self._merging: MergedPairs | None = None
-        self._running = self._finished = 0
+        self._running = self._finished = self._hint_count = 0
         self._start_s = time.monotonic()
         self.send: Send | None = None
         """Calls networks that other stages hold."""
@@ -109,6 +112,7 @@ class StageReplica:
         """Told the id of what is dropped to make room: whatever was made of it must go too."""
         self._announcing: set[asyncio.Task[None]] = set()
         self._prefetching: set[str] = set()
+        self._prefetches = ThreadPoolExecutor(_CONCURRENT_PREFETCHES, thread_name_prefix="prefetch")
 
     @contextlib.asynccontextmanager
     async def accepted(self) -> AsyncIterator[None]:
@@ -131,9 +135,18 @@ class StageReplica:
         """What is asked for inside stays loaded until the end; a request holds what it uses."""
         return self._residency.holding()
 
-    def preparing(self) -> contextlib.AbstractContextManager[None]:
-        """What is asked for inside only a hint asks for: it waits for no room, and takes none that is worth much."""
-        return self._residency.preparing()
+    @contextlib.contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What is asked for inside only a hint asks for: it waits for no room, and pushes out what is idle.
+
+        Not what other hints brought, though, while their requests are waited for.
+        """
+        self._hint_count += 1
+        try:
+            with self._residency.asking(Asker.HINT):
+                yield
+        finally:
+            self._hint_count -= 1
 
     def share(self, shared: OnDemand[Any, Any]) -> None:
         """What requests here share beside the parts of models: it is announced and described with them."""
@@ -180,13 +193,17 @@ class StageReplica:
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has no request."""
-        return not self._running
+        """Whether it has no request, and loads nothing for one to come."""
+        return not self._running and not self._hint_count
 
     async def bring(self, model_id: str, tier: Tier) -> None:
-        """Brings its part of a model to a tier, for later requests. Raises what `part` raises, or DeviceFull."""
+        """Brings its part of a model to a tier, for later requests. Raises what `part` raises, or DeviceFull.
+
+        Nothing that hints brought makes room for it while their requests are waited for.
+        """
         if tier is Tier.DEVICE:
-            await self.part(model_id)
+            with self._residency.asking(Asker.ORDER):
+                await self.part(model_id)
         else:
             await asyncio.to_thread(self._tiers.bring, model_id, tier)
 
@@ -221,7 +238,7 @@ class StageReplica:
             with contextlib.suppress(DarkroomError, Refused, Corrupt, OSError):
                 self.store.read(weights_file(self.store, lora_id))
 
-        work = asyncio.get_running_loop().run_in_executor(None, fetch)
+        work = asyncio.get_running_loop().run_in_executor(self._prefetches, fetch)
         work.add_done_callback(lambda _: self._prefetching.discard(lora_id))
 
     @contextlib.asynccontextmanager
@@ -254,7 +271,7 @@ class StageReplica:
             room=lambda model_id: self._parts.beside(model_id, f"merged {model_id}"),
             free_bytes=lambda: self._residency.free_bytes,
         )
-        self._residency.spare = self._merging.spare
+        self._residency.spare, self._residency.sparable = self._merging.spare, self._merging.sparable
 
     def _merging_of(self, part: Part) -> MergedPairs | None:
         """What keeps pairs of a part merged; a part with IP-Adapters, made of another, has none."""
@@ -323,5 +340,6 @@ class StageReplica:
         """Ends the executor; a stalled one ends with its process."""
         if self._merging:
             self._merging.close()
+        self._prefetches.shutdown(wait=False, cancel_futures=True)
         if not self._stalled.done():
             self._executor.close()

@@ -1,12 +1,13 @@
 """What a replica's device holds, and which of it requests are using.
 
 The rule: what a request uses stays until the request is done; what nobody uses goes when something else needs the room.
-What only hints have asked for waits for no room, and makes none for what other hints ask for. All of it runs on one
-event loop.
+What only hints have asked for waits for no room, and for a while makes none for other hints, nor for orders of the
+plan. All of it runs on one event loop.
 """
 
 import asyncio
 import contextlib
+import enum
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -24,7 +25,21 @@ _log = structlog.get_logger()
 _WAIT_S = 10.0
 """How long a load waits for requests that use what is in its way."""
 _RETRY_AFTER_S = "5"
-_preparing: ContextVar[bool] = ContextVar("preparing", default=False)
+_EXPECTED_S = 60.0
+"""How long a request that a hint told of is waited for, from when what it needs is here: it may have been given up."""
+
+
+class Asker(enum.IntEnum):
+    """Who asks for something, the one that counts most last."""
+
+    ORDER = 0
+    """The plan."""
+    HINT = 1
+    """Of a request to come."""
+    REQUEST = 2
+
+
+_asker: ContextVar[Asker] = ContextVar("asker", default=Asker.REQUEST)
 
 
 @dataclass(slots=True, eq=False)
@@ -42,8 +57,12 @@ class Entry:
     used_s: float = field(default_factory=time.monotonic)
     holder_count: int = 0
     is_loaded: bool = False
-    is_hinted: bool = field(default_factory=_preparing.get)
-    """Whether nobody but hints has asked for it yet."""
+    asked_by: Asker = field(default_factory=_asker.get)
+    """Of all that have asked for it so far, the one that counts most."""
+
+    def is_expected(self, now_s: float) -> bool:
+        """Whether a request is still to come for it, by a hint that is not too old."""
+        return self.asked_by is Asker.HINT and now_s < self.used_s + _EXPECTED_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +73,9 @@ class Beside:
     entry: Entry
     name: str
 
-    def fits(self, size_bytes: int) -> bool:
-        """Whether it may have so many bytes without anything else going."""
-        return self.residency.has_room(self.entry, self.name, size_bytes)
+    def clear(self, size_bytes: int) -> bool:
+        """Lets go of what is worth less than any entry until it may have so many bytes. Returns whether it may."""
+        return self.residency.clear(self.entry, self.name, size_bytes)
 
     async def take(self, size_bytes: int) -> None:
         """Has so many bytes from now on. Raises DeviceFull, and has as many as before."""
@@ -96,8 +115,10 @@ class Residency:
         self._evict = self._eviction.of(Tier.DEVICE, self._held_bytes)
         self._entries: list[Entry] = []
         self._released = asyncio.Event()
-        self.spare: Callable[[int], None] = lambda _needed_bytes: None
+        self.spare: Callable[[float], None] = lambda _needed_bytes: None
         """Asked, before any entry goes, to let go of so many bytes that are worth less, as far as there are such."""
+        self.sparable: Callable[[], Mapping[str, int]] = dict
+        """How many bytes that would be, by the name that entries count them under."""
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
@@ -116,18 +137,18 @@ class Residency:
             self._released.set()
 
     @contextlib.contextmanager
-    def preparing(self) -> Iterator[None]:
-        """Whatever is asked for inside, by this task and those that it starts, is asked for by a hint."""
-        token = _preparing.set(True)
+    def asking(self, asker: Asker) -> Iterator[None]:
+        """Whatever is asked for inside, by this task and those that it starts, is asked for by that one."""
+        token = _asker.set(asker)
         try:
             yield
         finally:
-            _preparing.reset(token)
+            _asker.reset(token)
 
     def hold(self, entry: Entry) -> None:
         """Holds an entry for whoever is inside `holding`; for nobody outside."""
         entry.used_s = time.monotonic()
-        entry.is_hinted = entry.is_hinted and _preparing.get()
+        entry.asked_by = max(entry.asked_by, _asker.get())
         use = _using.get()
         if use is not None:
             use.entries.append(entry)
@@ -180,15 +201,19 @@ class Residency:
         """What nothing has; infinite without a bound."""
         return self.budget_bytes - _total(self._entries) if self.budget_bytes else math.inf
 
-    def has_room(self, entry: Entry, name: str, size_bytes: int) -> bool:
-        """Whether an entry can grow so without anything else going."""
-        total_bytes = _total((*self._entries, entry)) - entry.sizes.get(name, 0) + size_bytes
-        return not self.budget_bytes or total_bytes <= self.budget_bytes
+    def clear(self, entry: Entry, name: str, size_bytes: int) -> bool:
+        """Lets go of what is worth less than any entry until this one can grow so. Returns whether it can."""
+        more_bytes = size_bytes - entry.sizes.get(name, 0)
+        lacking = self._lacking_bytes((*self._entries, entry)) + more_bytes
+        if lacking > 0:
+            self.spare(lacking)
+            lacking = self._lacking_bytes((*self._entries, entry)) + more_bytes
+        return lacking <= 0
 
     async def _wait_for_room(self, entry: Entry) -> None:
         deadline_s = time.monotonic() + self._wait_s
         while not self._make_room(entry):
-            if entry.is_hinted:
+            if entry.asked_by is Asker.HINT:
                 raise DeviceFull(entry.name, _RETRY_AFTER_S)
             self._released.clear()
             try:
@@ -211,35 +236,49 @@ class Residency:
         return sum(sum(entry.sizes.values()) for entry in list(self._entries) if model_id in entry.models)
 
     def _make_room(self, entry: Entry) -> bool:
-        """Drops idle entries until this one fits. False, and nothing dropped, if it would not even then."""
-        if not self.budget_bytes:
+        """Drops idle entries until this one fits. False, and nothing gone, if it would not even then."""
+        needed = self._lacking_bytes((*self._entries, entry))
+        if needed <= 0:
             return True
-        needed = _total((*self._entries, entry)) - self.budget_bytes
-        if needed > 0:
-            self.spare(needed)
-        going: list[Entry] = []
-        while (needed := _total((*self._without(going), entry)) - self.budget_bytes) > 0:
-            chosen = self._chosen([*going, entry], needed, spares_hinted=entry.is_hinted)
-            if not chosen:
-                return False
-            going += chosen
-        for dropped in going:
+        if not self._could_fit(entry):
+            return False
+        self.spare(needed)
+        for dropped in self._going(entry):
             self._entries.remove(dropped)
             dropped.drop()
             size_bytes = sum(dropped.sizes.values())
             _log.info("dropped", model_id=dropped.name, size_bytes=size_bytes, for_model=entry.name)
         return True
 
+    def _lacking_bytes(self, entries: Iterable[Entry]) -> float:
+        return _total(entries) - (self.budget_bytes or math.inf)
+
+    def _could_fit(self, entry: Entry) -> bool:
+        """Whether it would fit without all that may go."""
+        staying = [*self._without(self._chosen([entry], math.inf, entry)), entry]
+        names = {name for each in staying for name in each.sizes}
+        return self._lacking_bytes(staying) <= sum(size for name, size in self.sparable().items() if name in names)
+
+    def _going(self, entry: Entry) -> list[Entry]:
+        """What goes, so that an entry fits which could."""
+        going: list[Entry] = []
+        while (needed := self._lacking_bytes((*self._without(going), entry))) > 0:
+            chosen = self._chosen([*going, entry], needed, entry)
+            assert chosen, "it could fit"
+            going += chosen
+        return going
+
     def _without(self, going: Collection[Entry]) -> list[Entry]:
         return [entry for entry in self._entries if entry not in going]
 
-    def _chosen(self, going: Collection[Entry], needed_bytes: int, *, spares_hinted: bool) -> list[Entry]:
+    def _chosen(self, going: Collection[Entry], needed_bytes: float, for_entry: Entry) -> list[Entry]:
         """More entries that may go besides those: what shares components frees less than its size."""
+        now_s, is_request = time.monotonic(), for_entry.asked_by is Asker.REQUEST
         idle = [
             entry
             for entry in self._without(going)
             if entry.is_loaded and not entry.holder_count and any(entry.sizes.values())
-            if not (entry.is_hinted and spares_hinted)
+            if is_request or not entry.is_expected(now_s)
         ]
         residents = [
             Resident(name=str(number), size_bytes=sum(each.sizes.values()), used_s=each.used_s, models=each.models)

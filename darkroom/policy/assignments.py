@@ -77,6 +77,8 @@ class _Load:
     tier: Tier | None
     """Where it came from."""
     since_s: float
+    is_done: bool = False
+    """Whether its replica has had the model on its device meanwhile. Where it has not any more, it has to load anew."""
     waiting_count: int = 0
 
 
@@ -109,22 +111,21 @@ class Assignments:
 
         `is_ahead`: of a request that is still to be run elsewhere first. Others that are will be there too by then.
         """
-        load = self._loads.get((announced.replica_id, wanted.model_id))
+        load = self._load(announced, wanted)
         coming_count = sum(each.replica_id == announced.replica_id for each in self._coming) if is_ahead else 0
-        is_loading = load is not None and announced.tier is not Tier.DEVICE
         expected = Expected(
             replica_id=announced.replica_id,
             running_count=self._running[announced.replica_id] + coming_count,
-            tier=load.tier if load and is_loading else announced.tier,
-            loading_s=now_s - load.since_s if load and is_loading else 0.0,
-            displaced_s=0.0 if is_loading else self._displaced_s(announced, wanted, now_s),
+            tier=load.tier if load else announced.tier,
+            loading_s=now_s - load.since_s if load else 0.0,
+            displaced_s=0.0 if load else self._displaced_s(announced, wanted, now_s),
             is_suspect=is_suspect,
         )
         return self._forecast.candidate(expected, wanted)
 
     def prepare(self, announced: Announced, wanted: Wanted, now_s: float) -> Prepared:
         """Notes that the replica is asked to load for a request to come. `came` and `call_off` it in any case."""
-        is_first = not self._running[announced.replica_id] and not self._is_loading(announced, wanted)
+        is_first = not self._running[announced.replica_id] and not self._load(announced, wanted)
         self._join_load(announced, wanted, now_s)
         prepared = Prepared(
             replica_id=announced.replica_id, wanted=wanted, tier=announced.tier, is_first=is_first, start_s=now_s
@@ -149,7 +150,7 @@ class Assignments:
     def send(self, announced: Announced, wanted: Wanted, now_s: float) -> Sent:
         """Notes that a request goes to the replica. `close` it in any case."""
         replica_id = announced.replica_id
-        is_alone = not self._running[replica_id] and not self._is_loading(announced, wanted)
+        is_alone = not self._running[replica_id] and not self._load(announced, wanted)
         self._join_load(announced, wanted, now_s)
         self._running[replica_id] += 1
         return Sent(replica_id=replica_id, wanted=wanted, tier=announced.tier, is_alone=is_alone, start_s=now_s)
@@ -168,13 +169,20 @@ class Assignments:
             del self._running[sent.replica_id]
         self._leave_load(sent.replica_id, sent.wanted, sent.tier)
 
-    def _is_loading(self, announced: Announced, wanted: Wanted) -> bool:
-        return announced.tier is not Tier.DEVICE and (announced.replica_id, wanted.model_id) in self._loads
+    def _load(self, announced: Announced, wanted: Wanted) -> _Load | None:
+        """The model's load that runs at the replica. Notes if the replica says that it is done."""
+        load = self._loads.get((announced.replica_id, wanted.model_id))
+        if load and announced.tier is Tier.DEVICE:
+            load.is_done = True
+        return load if load and not load.is_done else None
 
     def _join_load(self, announced: Announced, wanted: Wanted, now_s: float) -> None:
-        if announced.tier is not Tier.DEVICE:
-            load = self._loads.setdefault((announced.replica_id, wanted.model_id), _Load(announced.tier, now_s))
-            load.waiting_count += 1
+        if announced.tier is Tier.DEVICE:
+            return
+        load = self._loads.setdefault((announced.replica_id, wanted.model_id), _Load(announced.tier, now_s))
+        if load.is_done:
+            load.tier, load.since_s, load.is_done = announced.tier, now_s, False
+        load.waiting_count += 1
 
     def _leave_load(self, replica_id: str, wanted: Wanted, tier: Tier | None) -> None:
         if tier is Tier.DEVICE:

@@ -42,7 +42,7 @@ class Holder(Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has no request."""
+        """Whether it has no request, and loads nothing for one to come."""
 
     async def bring(self, model_id: str, tier: Tier) -> None:
         """Brings a model to a tier. Raises DarkroomError."""

@@ -260,7 +260,7 @@ class StageProcess:
             self._follower.run(),
             self._reporter.run(),
         ]
-        await self._server.run(background, on_drain=[self._registration.leave, self._hand_back])
+        await self._server.run(background, on_drain=[self._registration.leave, preparations.end, self._hand_back])
         await self._channels.close()
         await self._registry.close()
         self.replica.close()

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 class StageServiceStub:
     """Tells what a stage replica is doing, and hears what it will be asked for.
-    Served by every encoder, denoiser and VAE replica.
+    Served by every encoder, denoiser, VAE and ControlNet replica.
     """
 
     def __init__(self, channel):
@@ -50,7 +50,7 @@ class StageServiceStub:
 
 class StageServiceServicer:
     """Tells what a stage replica is doing, and hears what it will be asked for.
-    Served by every encoder, denoiser and VAE replica.
+    Served by every encoder, denoiser, VAE and ControlNet replica.
     """
 
     def DescribeReplica(self, request, context):
@@ -65,8 +65,9 @@ class StageServiceServicer:
     def Prepare(self, request, context):
         """Loads what a request will need that is still at an earlier stage; answers
         once it is here. It is a hint: it takes no place in the queue, waits for no
-        room on the device, and pushes out neither what requests use nor what other
-        hints have brought. A request for the same joins the load.
+        room on the device, and pushes out what is idle, but neither what requests
+        use nor what other hints have brought within a minute. A request for the
+        same joins the load.
 
         Idempotent: what is here stays, equal hints are one. A load goes on when
         the caller leaves.
@@ -103,7 +104,7 @@ def add_StageServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class StageService:
     """Tells what a stage replica is doing, and hears what it will be asked for.
-    Served by every encoder, denoiser and VAE replica.
+    Served by every encoder, denoiser, VAE and ControlNet replica.
     """
 
     @staticmethod

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from darkroom.errors import DeviceFull, StoreUnavailable
+from darkroom.models.adapters import Adapters
 from darkroom.models.loader import part_sizes
 from darkroom.models.merging import MergedPairs, name_of
 from darkroom.models.program import Ticket
@@ -223,6 +225,28 @@ async def test_a_merged_copy_pushes_nothing_out(store: Path, sizes: tuple[int, i
     kept.replica.close()
 
 
+async def test_a_hint_that_finds_no_room_costs_no_merged_copy(store: Path, sizes: tuple[int, int, int]) -> None:
+    kept = Merging(store, budget_bytes=sum(sizes))
+    await kept.ask(INK)
+    async with kept.replica.accepted():
+        await kept.replica.part("tiny-sd")
+        with kept.replica.preparing(), pytest.raises(DeviceFull):
+            await kept.replica.part("other")
+    assert kept.merged == {"tiny-sd": [INK]}
+    kept.replica.close()
+
+
+async def test_merged_copies_leave_before_loras_that_nobody_uses(store: Path, sizes: tuple[int, int, int]) -> None:
+    part_bytes, lora_bytes, merged_bytes = sizes
+    kept = Merging(store, budget_bytes=part_bytes + lora_bytes + merged_bytes + lora_bytes // 2)
+    for uses in (INK, CHALK):
+        await kept.ask(uses)
+    (part,) = kept.replica.state().parts
+    assert sorted(part.beside["loras"].resident()) == ["chalk", "ink"]  # type: ignore[union-attr]  # it is a part
+    assert kept.merged == {}
+    kept.replica.close()
+
+
 async def test_the_best_pairs_are_kept_up_to_count_and_bytes(store: Path, sizes: tuple[int, int, int]) -> None:
     for bound in ({"most": 1}, {"max_bytes": 1.5 * sizes[2]}):
         kept = Merging(store, **bound)
@@ -327,6 +351,30 @@ async def test_what_cannot_be_merged_goes_on_beside_and_others_are_merged(store:
     assert kept.merged == {}
     await kept.pairs.look()
     assert kept.merged == {"tiny-sd": [CHALK]}
+    kept.replica.close()
+
+
+async def test_a_pair_that_cannot_be_read_now_is_merged_later_and_others_meanwhile(store: Path) -> None:
+    kept = Merging(store)
+    for uses in (INK, INK, CHALK):
+        async with kept.request(uses):
+            pass
+    borrow = kept.pairs.borrow
+
+    @asynccontextmanager
+    async def unavailable(model_id: str) -> AsyncIterator[Adapters | None]:
+        raise StoreUnavailable(model_id, "it is down")
+        yield
+
+    kept.pairs.borrow = unavailable
+    await kept.pairs.look()
+    kept.pairs.borrow = borrow
+    await kept.pairs.look()
+    assert kept.merged == {"tiny-sd": [CHALK]}
+    now_s = kept.pairs.clock()
+    kept.pairs.clock = lambda: now_s + 40.0
+    await kept.pairs.look()
+    assert kept.merged == {"tiny-sd": [CHALK, INK]}
     kept.replica.close()
 
 

@@ -3,7 +3,9 @@
 import asyncio
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from darkroom.errors import DeviceFull, InvalidField, ModelNotFound, QueueFull
+from darkroom.errors import DeviceFull, Draining, InvalidField, ModelNotFound, QueueFull
 from darkroom.models.controlnets import ControlNets
 from darkroom.models.loader import Part, part_sizes
 from darkroom.models.lone import OnDemand
 from darkroom.models.preparing import Preparations
 from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
-from darkroom.models.residency import Residency
+from darkroom.models.residency import Asker, Residency
 from darkroom.models.store.model_store import model_store
+from darkroom.policy.worth import Tier
 from darkroom.store.evicting import Eviction
 from darkroom.store.opening import open_source
 from darkroom.wire.tasks import LoraUse, PrepareTask
@@ -33,12 +36,14 @@ _CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of one size, and a ControlNet."""
+    """Models of one size, a ControlNet and a LoRA."""
     root = tmp_path_factory.mktemp("store")
     save_tiny_model(root, "tiny-sd")
     CONTROLNETS["control-sd"]().save_pretrained(root / "control-sd", safe_serialization=True)
     for name in "abc":
         shutil.copytree(root / "tiny-sd", root / name)
+    (root / "ink").mkdir()
+    save_file({"x": torch.zeros(8)}, root / "ink" / "pytorch_lora_weights.safetensors")
     return root
 
 
@@ -102,9 +107,11 @@ async def test_a_hint_takes_no_place_among_the_requests(store: Path) -> None:
             assert replica.state().running_count == 1
         preparing = asyncio.create_task(hints.prepare(hint("b")))
         await until(lambda: "b" in replica)
-        assert replica.is_idle
+        assert replica.state().running_count == 0
+        assert not replica.is_idle, "orders of the plan wait for it"
         await ask(replica, "a")
         await preparing
+        assert replica.is_idle
 
 
 async def test_a_hint_pushes_out_what_is_idle_and_nothing_that_a_request_uses(store: Path) -> None:
@@ -142,6 +149,25 @@ async def test_what_a_hint_brought_is_any_other_model_once_a_request_had_it(stor
         assert held(replica) == ["b"]
 
 
+async def test_an_order_of_the_plan_does_not_push_out_what_a_hint_brought(store: Path) -> None:
+    async with replica_with_room(store, 1) as replica:
+        await Preparations(replica, replica.part).prepare(hint("a"))
+        replica._residency._wait_s = 0.1
+        await replica.bring("a", Tier.DEVICE)
+        with pytest.raises(DeviceFull):
+            await replica.bring("b", Tier.DEVICE)
+        assert held(replica) == ["a"]
+
+
+async def test_what_a_hint_brought_is_any_other_model_once_its_request_is_overdue(store: Path) -> None:
+    async with replica_with_room(store, 1) as replica:
+        hints = Preparations(replica, replica.part)
+        await hints.prepare(hint("a"))
+        replica._parts._entries["a"].used_s -= 100.0
+        await hints.prepare(hint("b"))
+        assert held(replica) == ["b"]
+
+
 class Slow:
     """Something loaded on demand that takes all the room there is, and is measured when it may be."""
 
@@ -166,7 +192,7 @@ async def test_a_request_that_joins_a_hint_waits_for_room_as_it_would_have_witho
             return got
 
     async def hinted(key: str) -> str:
-        with residency.preparing():
+        with residency.asking(Asker.HINT):
             return await slow.things.get(key)
 
     slow.may_go_on.set()
@@ -183,6 +209,20 @@ async def test_a_request_that_joins_a_hint_waits_for_room_as_it_would_have_witho
     may_leave.set()
     assert await asked == await ahead == "wanted"
     await first
+
+
+async def test_a_request_is_not_overdue_while_its_model_is_on_its_way() -> None:
+    residency = Residency(10)
+    slow = Slow(residency)
+    with residency.asking(Asker.HINT):
+        coming = asyncio.create_task(slow.things.get("far away"))
+    await until(lambda: "far away" in slow.things)
+    entry = slow.things._entries["far away"]
+    entry.used_s -= 100.0
+    slow.may_go_on.set()
+    await coming
+    assert entry.is_expected(time.monotonic())
+    assert not entry.is_expected(time.monotonic() + 100.0)
 
 
 async def test_a_load_goes_on_when_its_caller_leaves(store: Path) -> None:
@@ -248,9 +288,44 @@ async def test_controlnets_are_refused_where_none_are_taken(store: Path) -> None
 
 
 async def test_files_of_loras_are_fetched_beside_the_model(store: Path) -> None:
-    (store / "ink").mkdir(exist_ok=True)
-    save_file({"x": torch.zeros(8)}, store / "ink" / "pytorch_lora_weights.safetensors")
     async with replica_with_room(store) as replica:
         hints = Preparations(replica, replica.part)
         await hints.prepare(hint("a", loras=(LoraUse("ink", 1.0), LoraUse("unknown", 1.0))))
         await until(lambda: replica.store.held_bytes("ink") > 0)
+
+
+async def test_requests_do_not_wait_behind_files_that_hints_fetch(store: Path) -> None:
+    is_reading, may_go_on = threading.Event(), threading.Event()
+
+    def read(name: str) -> Any:
+        del name
+        is_reading.set()
+        may_go_on.wait(20.0)
+
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    async with replica_with_room(store) as replica:
+        replica.store.read = read  # type: ignore[method-assign,assignment]
+        replica.prefetch("a", [LoraUse("ink", 1.0)])
+        try:
+            await until(is_reading.is_set)
+            await asyncio.wait_for(asyncio.to_thread(lambda: None), 8.0)
+        finally:
+            may_go_on.set()
+
+
+async def test_nobody_waits_for_a_hint_at_a_replica_that_goes_down(store: Path) -> None:
+    may_load = asyncio.Event()
+
+    async def load(model_id: str) -> Any:
+        del model_id
+        await may_load.wait()
+
+    async with replica_with_room(store) as replica:
+        hints = Preparations(replica, load)
+        waiting = asyncio.create_task(hints.prepare(hint("far away")))
+        await until(lambda: bool(hints._loading))
+        await hints.end()
+        with pytest.raises(Draining):
+            await asyncio.wait_for(waiting, 8.0)
+        may_load.set()
+        await until(lambda: not hints._loading)

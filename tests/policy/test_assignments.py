@@ -36,6 +36,20 @@ def test_what_a_load_has_put_on_nearer_tiers_meanwhile_does_not_count_twice() ->
     assert candidate(assignments, replace(COLD, tier=Tier.DEVICE), 13.0).load_s == 0.0
 
 
+def test_a_model_that_came_and_left_has_to_be_loaded_anew() -> None:
+    assignments = asked_for(*["old"] * 9)
+    prepared = assignments.prepare(COLD, SD, 10.0)
+    assert candidate(assignments, replace(COLD, tier=Tier.DEVICE), 13.0).load_s == 0.0
+    gone = candidate(assignments, full(OLD), 14.0)
+    assert gone.load_s == pytest.approx(LOAD_S)
+    assert gone.displaced_s > 0.0
+    sent = assignments.send(COLD, SD, 20.0)
+    assignments.call_off(prepared)
+    assert candidate(assignments, COLD, 21.0).load_s == pytest.approx(LOAD_S - 1.0)
+    assignments.close(sent)
+    assert candidate(assignments, COLD, 21.0).load_s == pytest.approx(LOAD_S)
+
+
 def test_a_load_counts_as_long_as_anybody_waits_for_it() -> None:
     assignments = Assignments()
     first, second = assignments.send(COLD, SD, 10.0), assignments.send(COLD, SD, 11.0)
