@@ -237,8 +237,7 @@ async def test_a_hint_that_finds_no_room_costs_no_merged_copy(store: Path, sizes
 
 
 async def test_merged_copies_leave_before_loras_that_nobody_uses(store: Path, sizes: tuple[int, int, int]) -> None:
-    part_bytes, lora_bytes, merged_bytes = sizes
-    kept = Merging(store, budget_bytes=part_bytes + lora_bytes + merged_bytes + lora_bytes // 2)
+    kept = Merging(store, budget_bytes=sum(sizes) + sizes[1] // 2)
     for uses in (INK, CHALK):
         await kept.ask(uses)
     (part,) = kept.replica.state().parts
@@ -359,14 +358,13 @@ async def test_a_pair_that_cannot_be_read_now_is_merged_later_and_others_meanwhi
     for uses in (INK, INK, CHALK):
         async with kept.request(uses):
             pass
-    borrow = kept.pairs.borrow
 
     @asynccontextmanager
     async def unavailable(model_id: str) -> AsyncIterator[Adapters | None]:
         raise StoreUnavailable(model_id, "it is down")
         yield
 
-    kept.pairs.borrow = unavailable
+    borrow, kept.pairs.borrow = kept.pairs.borrow, unavailable
     await kept.pairs.look()
     kept.pairs.borrow = borrow
     await kept.pairs.look()
