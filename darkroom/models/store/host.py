@@ -55,8 +55,12 @@ _TYPES = {
 }
 _CHECKED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
-Key = tuple[int, int, int, int] | Digest
-"""Device, inode, size and time of change: names of one file have one key. Where one is known, its digest is another."""
+Key = tuple[int, int, int, int] | Digest | tuple[Digest]
+"""Device, inode, size and time of change: names of one file have one key. Of a file that is afar, its digest.
+
+A tuple of the digest alone is a second key of what was read from the disk, for when that has it no longer: while it
+has it, the file there may have gone bad, and is looked at.
+"""
 
 
 class Corrupt(ValueError):
@@ -125,12 +129,13 @@ class HostCache:
 
     def read_afar(self, afar: Afar, entry_id: str) -> HostFile:
         """The file, from memory or past the disk. Raises Corrupt, StoreUnavailable, or what `afar` does."""
-        return self._once(afar.entry.digest, entry_id, lambda: self._receive(afar, entry_id))
+        digest = afar.entry.digest
+        return self._find((digest,), entry_id) or self._once(digest, entry_id, lambda: self._receive(afar, entry_id))
 
     def header(self, digest: Digest) -> TensorFile | None:
-        """That of a file whose digest somebody promised, if it is in memory."""
+        """That of a file that is afar, if it is in memory."""
         with self._lock:
-            found = self._alive.get(digest)
+            found = self._alive.get(digest) or self._alive.get((digest,))
         return found.header if found is not None else None
 
     def _once(self, key: Key, entry_id: str, read: Callable[[], HostFile]) -> HostFile:
@@ -199,9 +204,9 @@ class HostCache:
             raise Corrupt(str(error)) from error
         if expected is not None and hasher.hexdigest() != expected.digest:
             raise Corrupt("it has another digest than its manifest names")
-        if expected is not None:  # for whoever wants it when the disk no longer has it
+        if expected is not None:
             with self._lock:
-                self._alive[expected.digest] = found
+                self._alive[(expected.digest,)] = found
         self.read_count += 1
         self.eviction.loaded(Tier.HOST, size_bytes, time.monotonic() - start_s)
         return found
