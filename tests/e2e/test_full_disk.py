@@ -18,7 +18,7 @@ from tests.shipped import SHAPES
 from tests.store.disks import fill, needs_root, small_disk
 from tests.store.servers import Nginx, needs_nginx, nginx
 
-pytestmark = [needs_nginx, needs_root, pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.long, needs_nginx, needs_root, pytest.mark.asyncio(loop_scope="module")]
 _UNET = "unet/diffusion_pytorch_model.safetensors"
 _WAIT_S = 60.0
 

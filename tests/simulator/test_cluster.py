@@ -148,7 +148,7 @@ def test_series_count_who_waits_and_spreads_have_intervals() -> None:
 
 
 def test_ablations_and_limits_differ_from_the_whole() -> None:
-    requests = compressed(generate(1200, seed=4), 16.0)
+    requests = compressed(generate(700, seed=4), 16.0)
     whole, _ = replay("darkroom", requests, Settings(), seed=4)
     for name in (*ABLATIONS, *ADDITIONS, *LIMITS):
         assert replay(name, requests, Settings(), seed=4)[0] != whole, name

@@ -291,6 +291,7 @@ def test_a_file_that_is_being_read_is_not_dropped(files: Path, tmp_path: Path) -
 
 
 def test_a_skeleton_gives_the_catalogue_that_the_folder_gives(tmp_path: Path) -> None:
+    before = threading.active_count()
     files = tmp_path / "remote"
     make_model(files)
     make_model(files, "broken")
