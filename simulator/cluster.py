@@ -11,7 +11,7 @@ from simulator.clock import Clock
 from simulator.costs import Loader, Sizes, Work
 from simulator.fleet import Fleet, FleetConfig
 from simulator.links import Link
-from simulator.worker import Job, Worker
+from simulator.worker import DISK, Job, Worker
 from simulator.workload import Request
 
 
@@ -91,6 +91,12 @@ class Cluster:
     def up(self) -> list[Worker]:
         """The workers that take requests, by id."""
         return self.fleet.up if self.fleet else self.workers
+
+    def held_count(self, tier: int, name: str) -> int:
+        """How many workers that are up hold a component on a tier: the disks of others are of no use to anybody."""
+        if self.fleet is None or tier != DISK:
+            return self.holders[tier][name]
+        return sum(name in worker.shelves[tier] for worker in self.fleet.up)
 
     def _finished(self, job: Job) -> None:
         self.jobs.append(job)

@@ -147,7 +147,7 @@ class Darkroom:
         """Of the copy that a worker would drop."""
         shelves = self._cluster.workers[worker_id].shelves
         kept = [other for other in _HELD if other != tier and name in shelves[other]]
-        others = self._cluster.holders[tier][name] - 1
+        others = self._cluster.held_count(tier, name) - 1
         missed = self._worth.missed_share(name, tier, others, now_s)
         return size * missed * self._worth.times.back_s(tier, kept)
 
