@@ -1,4 +1,4 @@
-"""Seconds by tier, read off the load times that GenTD26 publishes beside its requests: where `costs` has them from.
+"""Seconds by tier, read off the load times that GenTD26 publishes beside its requests: a check on those in `costs`.
 
 The trace says how long loads took and not from where: they fall into modes, the nearest tier's first, told apart by
 k-means over the logarithms.

@@ -13,8 +13,7 @@ from simulator.fleet import FleetConfig, anywhere, warmest
 from simulator.generator import generate
 from simulator.ours import Darkroom, DarkroomConfig
 from simulator.run import Settings, replay
-from simulator.systems import SCALED
-from simulator.worker import DEVICE, DISK, HOST, Worker
+from simulator.worker import DEVICE, DISK, HOST
 from simulator.workload import SHAPES, Request, compressed, shaped
 
 EQUAL = Sizes(0, spread=0.0, lora=0.0)
@@ -70,18 +69,20 @@ def test_a_stopped_worker_keeps_its_disk_and_nothing_else() -> None:
     (stopped,) = [worker for worker in cluster.workers if worker not in cluster.fleet.up]
     assert ["a" in stopped.shelves[tier] for tier in (DEVICE, HOST, DISK)] == [False, False, True]
     assert cluster.holders[DEVICE]["a"] == cluster.holders[HOST]["a"] == 1
+    assert cluster.held_count(DISK, "a") == 1  # what lies on the other disk is of no use to anybody
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 900), st.sampled_from("abcdef"), st.integers(1, 8)), min_size=1, max_size=40))
-def test_every_request_is_answered_by_a_worker_that_was_up(drawn: list[tuple[float, str, int]]) -> None:
+def test_every_request_is_answered_and_only_by_workers_that_had_time_to_start(
+    drawn: list[tuple[float, str, int]],
+) -> None:
     requests = [ask(number, at_s, base, images) for number, (at_s, base, images) in enumerate(sorted(drawn))]
     cluster = Cluster(ours(requests), Hardware(worker_count=4), EQUAL, seed=0)
-    up: list[list[Worker]] = []
     jobs = cluster.replay(requests)
     assert cluster.fleet is not None
-    up.append(cluster.fleet.up)
     assert sorted(job.request.number for job in jobs) == list(range(len(requests)))
+    assert all(job.start_s >= AWARE.start_s for job in jobs if job.worker_id)  # the first was up from the start
     assert 1 <= len(cluster.fleet.up) <= 4
     assert all(delay_s >= 10.0 for delay_s in cluster.fleet.delays_s)
     assert cluster.fleet.up_s <= 4 * cluster.clock.now_s
@@ -99,4 +100,3 @@ def test_who_knows_where_models_are_scales_out_sooner_than_production() -> None:
 def test_without_a_fleet_every_worker_is_up() -> None:
     figures, _ = replay("darkroom", compressed(generate(100, seed=1), 8.0), Settings(), seed=1)
     assert (figures.up_share, figures.scale_outs) == (1.0, 0)
-    assert all(name.partition("-scaled")[0] in {"lru", "locality", "darkroom"} for name in SCALED)
