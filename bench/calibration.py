@@ -1,24 +1,33 @@
 """Whether the simulator says what a live cluster does: the same requests on both, from costs measured beforehand.
 
 A cluster of two denoisers draws requests alone, which gives the cost of a request, of a step, and of more images in a
-step; its first draw of each model gives the loads; two requests at a time, on both, tell how many cores the machine is
-worth, for stages that compute at once slow each other. Then twelve models share room for four on each denoiser, live
-and simulated, under evictions by age and by worth. Mean and p95 latency, the share that found its model loaded, and the
-loads should agree within 15 %; if they do not, this ends with status 1.
+step; its loads are in the logs; requests beside each other, on both, tell how many cores the machine is worth, for
+stages that compute at once slow each other. Then twelve models share room for four on each denoiser, live and
+simulated, under evictions by age and by worth: models as popular as makes every fourth request load, or their number
+would say little. Mean and p95 latency, the share that found its model loaded, and the loads should agree within 15 %;
+if they do not, this ends with status 1.
+
+Two things blur the comparison. Machines change their speed within minutes: costs are probed before and after each run,
+and taken at the speed at which the run itself served the requests that nobody disturbed. And where a request goes hangs
+on milliseconds, so that no two runs load alike: simulated figures are means over replays at costs that differ a little.
 
     python -m bench.calibration
 """
 
 import argparse
 import asyncio
+import itertools
+import math
 import os
+import random
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,14 +44,12 @@ from bench.residency import (
     loads,
     make_store,
     model_id,
-    send,
     serve,
     stream,
-    touches,
     warm_up_count,
 )
 from bench.tasks import Task, distinct_prompts
-from darkroom.client import Client
+from darkroom.client import Client, Drawing
 from darkroom.runtime.cluster import ClusterConfig, LocalCluster
 from darkroom.store.evicting import EvictionKind
 from simulator.cluster import Cluster, Hardware
@@ -56,17 +63,42 @@ _NEVER_S = 1e6
 _PROBED_STEPS = (2, 8, 16)
 _PROBED_IMAGES = 4
 _REPEATS = 7
+_IN_A_ROW = 4
+_EXPONENT = 0.5
+"""Of the ranks' weights: the first of twelve models gets a sixth of the sessions."""
+_SESSION_MEAN = 1.5
+_REPLAYS = 20
+_SPREAD = 0.1
+"""Of a replay's costs about those probed, either way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
     """What was measured of a cluster at rest."""
 
-    work: Work
+    fixed_s: float
+    """Of a request, beside its steps."""
+    step_s: float
+    """Of a step of one image."""
+    marginal: float
+    """What one more image in a step costs, as a share of the first."""
     load_s: float
     """Of a model's part in a denoiser."""
     core_count: float
     """What two denoisers at work get done, in those of one alone: the cores that all stages share."""
+
+    def between(self, other: "Costs") -> "Costs":
+        """The mean of both."""
+        return Costs(*((one + two) / 2 for one, two in zip(astuple(self), astuple(other), strict=True)))
+
+    def slower(self, factor: float) -> "Costs":
+        """On a machine that takes so many times as long for everything."""
+        times = {"fixed_s": self.fixed_s, "step_s": self.step_s, "load_s": self.load_s}
+        return replace(self, **{name: factor * seconds for name, seconds in times.items()})
+
+    def about(self, rng: random.Random) -> "Costs":
+        """Others that might have been probed just as well."""
+        return Costs(*(each * rng.uniform(1 - _SPREAD, 1 + _SPREAD) for each in astuple(self)))
 
 
 async def probe(config: ClusterConfig) -> Costs:
@@ -74,47 +106,63 @@ async def probe(config: ClusterConfig) -> Costs:
     folder = config.log_folder
     assert folder is not None
     async with LocalCluster(config) as cluster, Client(router_address=cluster.addresses.router) as client:
-        await send(client, touches())
-        load_s = statistics.median(loads(folder))
-        seconds = {
-            (images, steps): await _median_s(client, model_id(0), steps, images, seed=100 * steps + images)
-            for images in (1, _PROBED_IMAGES)
-            for steps in _PROBED_STEPS
-        }
-        core_count = await _core_count(client)
+        load_s, homes = await _load_s(client, folder)
+        seconds = await _seconds(client)
+        core_count = await _core_count(client, homes)
     fixed_s, step_s = _line([seconds[1, steps] for steps in _PROBED_STEPS])
     _, step_of_many_s = _line([seconds[_PROBED_IMAGES, steps] for steps in _PROBED_STEPS])
     marginal = (step_of_many_s / step_s - 1) / (_PROBED_IMAGES - 1)
-    return Costs(Work(fixed_s=fixed_s, step_s=step_s, marginal=marginal), load_s, core_count)
+    return Costs(fixed_s, step_s, marginal, load_s, core_count)
 
 
-async def _core_count(client: Client) -> float:
-    """Draws with models that different replicas have, each alone and then both at once."""
+async def _load_s(client: Client, folder: Path) -> tuple[float, list[str]]:
+    """Of a denoiser's part of a model that encoder and VAE have, or it would be slowed by theirs.
+
+    Also returns a model on the device of each denoiser.
+    """
     homes: dict[str, str] = {}
-    for number in reversed(range(MODEL_COUNT)):  # those that were touched last are loaded
-        (prompt,) = distinct_prompts(1, seed=number)
-        drawn = await client.draw(_probe_task(prompt, _PROBED_STEPS[-1], number).drawing(model_id(number)))
-        (replica_id,) = [stage.replica_id for stage in drawn.stages if stage.stage == "denoiser"]
-        homes.setdefault(replica_id, model_id(number))
-        if len(homes) == _DENOISER_COUNT:
-            break
-    models = list(homes.values())
-    alone_s = [await _median_s(client, model, _PROBED_STEPS[-1], 1, seed=1) for model in models]
-    both_s = await asyncio.gather(*(_median_s(client, model, _PROBED_STEPS[-1], 1, seed=2) for model in models))
-    return len(models) * sum(alone_s) / sum(both_s)
+    before: list[float] = []
+    for seed in range(2):
+        before = loads(folder)
+        for number, prompt in enumerate(distinct_prompts(MODEL_COUNT, seed)):
+            drawn = await client.draw(_probing(model_id(number), prompt, _PROBED_STEPS[0], 1))
+            (replica_id,) = [stage.replica_id for stage in drawn.stages if stage.stage == "denoiser"]
+            homes[replica_id] = model_id(number)
+    return statistics.median(loads(folder)[len(before) :]), list(homes.values())
 
 
-async def _median_s(client: Client, model: str, steps: int, images: int, *, seed: int) -> float:
-    """`seed` makes the prompts: those of another probe would be in the encoder's cache."""
-    times = []
-    for number, prompt in enumerate(distinct_prompts(_REPEATS, seed)):
-        drawing = replace(_probe_task(prompt, steps, number).drawing(model), image_count=images)
-        times.append((await client.draw(drawing)).total_s)
-    return statistics.median(times[1:])
+async def _seconds(client: Client) -> dict[tuple[int, int], float]:
+    """Of requests for so many images in so many steps, in turns: what the machine does meanwhile meets all alike."""
+    times: dict[tuple[int, int], list[float]] = {
+        (images, steps): [] for images in (1, _PROBED_IMAGES) for steps in _PROBED_STEPS
+    }
+    prompts = iter(distinct_prompts(_REPEATS * len(times), seed=2))
+    for _ in range(_REPEATS):
+        for (images, steps), taken in times.items():
+            taken.append((await client.draw(_probing(model_id(0), next(prompts), steps, images))).total_s)
+    return {each: statistics.median(taken[1:]) for each, taken in times.items()}
 
 
-def _probe_task(prompt: str, steps: int, seed: int) -> Task:
-    return Task(prompt=prompt, step_count=steps, guidance_scale=2.0, seed=seed)
+async def _core_count(client: Client, models: Sequence[str]) -> float:
+    """Draws with models that different replicas have, one after the other, alone and beside each other."""
+    prompts = iter(distinct_prompts(2 * _REPEATS * _IN_A_ROW * len(models), seed=3))
+
+    async def draw(model: str) -> float:
+        seconds = [(await client.draw(_probing(model, next(prompts), STEP_COUNT, 1))).total_s for _ in range(_IN_A_ROW)]
+        return sum(seconds)
+
+    worth = []
+    for _ in range(_REPEATS):
+        alone_s = sum([await draw(model) for model in models])
+        beside_s = sum(await asyncio.gather(*map(draw, models)))
+        worth.append(len(models) * alone_s / beside_s)
+    return statistics.median(worth)
+
+
+def _probing(model: str, prompt: str, steps: int, images: int) -> Drawing:
+    """Prompts are never the same, or they would be in the encoder's cache."""
+    task = Task(prompt=prompt, step_count=steps, guidance_scale=2.0, seed=0)
+    return replace(task.drawing(model), image_count=images)
 
 
 def _line(seconds: Sequence[float]) -> tuple[float, float]:
@@ -136,13 +184,19 @@ def simulate(costs: Costs, kind: EvictionKind, arrivals: Sequence[Arrival], mode
     return Outcome(latencies_s[warm_up:], load_count, load_count * costs.load_s)
 
 
+def _replays(costs: Costs, kind: EvictionKind, arrivals: Sequence[Arrival], model_bytes: int) -> list[Outcome]:
+    rng = random.Random(0)
+    return [simulate(costs.about(rng), kind, arrivals, model_bytes) for _ in range(_REPLAYS)]
+
+
 def _replay(
     costs: Costs, kind: EvictionKind, requests: Sequence[Request], model_bytes: int
 ) -> tuple[Cluster, list[float]]:
     """The cluster at the end, and the latencies in the order of the requests."""
     loader = Loader(network_s=0.0, disk_s=costs.load_s, bus_s=0.0, attach_s=0.0, is_streaming=True, overlaps=True)
     names = tuple(map(model_id, range(MODEL_COUNT)))
-    config = LiveConfig(loader=loader, work=costs.work, eviction=kind, model_bytes=model_bytes, model_names=names)
+    work = Work(fixed_s=costs.fixed_s, step_s=costs.step_s, marginal=costs.marginal)
+    config = LiveConfig(loader=loader, work=work, eviction=kind, model_bytes=model_bytes, model_names=names)
     hardware = Hardware(
         worker_count=_DENOISER_COUNT, rooms=(float(ROOM_COUNT), 0.0, float(MODEL_COUNT)), core_count=costs.core_count
     )
@@ -155,51 +209,89 @@ def _load_count(cluster: Cluster) -> int:
     return sum(sum(worker.load_counts) for worker in cluster.workers)
 
 
-def compare(live: Outcome, simulated: Outcome) -> dict[str, tuple[float, float]]:
+def undisturbed_s(arrivals: Sequence[Arrival], live: Outcome) -> float:
+    """Mean latency of the requests that overlapped no other."""
+    starts_s = [arrival.at_s for arrival in arrivals[warm_up_count(arrivals) :]]
+    ends_s = [start_s + latency_s for start_s, latency_s in zip(starts_s, live.latencies_s, strict=True)]
+    lasts_s = itertools.accumulate(ends_s, max, initial=0.0)
+    nexts_s = [*starts_s[1:], math.inf]
+    spans = zip(lasts_s, starts_s, ends_s, nexts_s, strict=False)
+    return statistics.fmean(
+        end_s - start_s for last_s, start_s, end_s, next_s in spans if last_s < start_s < end_s < next_s
+    )
+
+
+class Compared(NamedTuple):
+    """One figure of the cluster, and of the simulator."""
+
+    live: float
+    simulated: float
+    """Mean of the replays."""
+    deviation: float
+    """Of single replays from it."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether they differ by no more than they may."""
+        return abs(self.simulated - self.live) <= _WITHIN * self.live
+
+
+def compare(live: Outcome, replays: Sequence[Outcome]) -> dict[str, Compared]:
     """Live and simulated figures, by name."""
+    simulated = [_figures(replay) for replay in replays]
+    compared = {}
+    for name, value in _figures(live).items():
+        of_replays = [figures[name] for figures in simulated]
+        compared[name] = Compared(value, statistics.fmean(of_replays), statistics.stdev(of_replays))
+    return compared
+
+
+def _figures(outcome: Outcome) -> dict[str, float]:
     return {
-        "mean, s": (statistics.fmean(live.latencies_s), statistics.fmean(simulated.latencies_s)),
-        "p95, s": (quantile(live.latencies_s, 0.95), quantile(simulated.latencies_s, 0.95)),
-        "found loaded": (live.hit_rate, simulated.hit_rate),
-        "loads": (live.load_count, simulated.load_count),
+        "mean, s": statistics.fmean(outcome.latencies_s),
+        "p95, s": quantile(outcome.latencies_s, 0.95),
+        "found loaded": outcome.hit_rate,
+        "loads": outcome.load_count,
     }
 
 
 async def measure(options: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """The costs, and the figures of each way."""
+    """The costs and the figures of each way."""
     store, count = root / "models", 40 if options.quick else options.count
     make_store(options.model_store / options.model, store)
-    costs = await probe(cluster_of("worth", store, root / "probe", _DENOISER_COUNT))
     model_bytes = sum(file.stat().st_size for file in (store / model_id(0)).rglob("*.safetensors"))
-    arrivals = stream(count, options.rate, seed=0)
-    figures: dict[str, Any] = {"costs": asdict(costs)}
+    arrivals = stream(count, options.rate, seed=0, exponent=_EXPONENT, session_mean=_SESSION_MEAN)
+    figures: dict[str, Any] = {}
+    before = await probe(cluster_of("lru", store, root / "probe", _DENOISER_COUNT))
     for way, kind in WAYS.items():
         live = await serve(cluster_of(kind, store, root / way, _DENOISER_COUNT), arrivals)
-        figures[way] = compare(live, simulate(costs, kind, arrivals, model_bytes))
+        after = await probe(cluster_of(kind, store, root / f"probe after {way}", _DENOISER_COUNT))
+        replays = partial(_replays, kind=kind, arrivals=arrivals, model_bytes=model_bytes)
+        costs = before.between(after)
+        at_rest_s = statistics.fmean(undisturbed_s(arrivals, replay) for replay in replays(costs))
+        costs = costs.slower(undisturbed_s(arrivals, live) / at_rest_s)
+        probed = [asdict(before), asdict(after)]
+        figures[way] = {"probed": probed, "costs": asdict(costs), "compared": compare(live, replays(costs))}
+        before = after
     return figures
-
-
-def agrees(live: float, simulated: float) -> bool:
-    """Whether two figures differ by no more than they may."""
-    return abs(simulated - live) <= _WITHIN * live
 
 
 def show(figures: dict[str, Any]) -> bool:
     """Prints the table. Returns whether everything agrees."""
+    compared = {f"{way}: {name}": each for way in WAYS for name, each in figures[way]["compared"].items()}
     rows = [
-        [f"{way}: {name}", f"{live:.3g}", f"{simulated:.3g}", f"{simulated / live - 1:+.1%}" if live else ""]
-        for way in WAYS
-        for name, (live, simulated) in figures[way].items()
+        [name, f"{live:.3g}", f"{simulated:.3g} ± {deviation:.2g}", f"{simulated / live - 1:+.1%}" if live else ""]
+        for name, (live, simulated, deviation) in compared.items()
     ]
     scene = f"{MODEL_COUNT} models, {_DENOISER_COUNT} denoisers with room for {ROOM_COUNT} each"
     table(scene, ("figure", "live", "simulated", "difference"), rows)
-    return all(agrees(*pair) for way in WAYS for pair in figures[way].values())
+    return all(each.agrees for each in compared.values())
 
 
 def main() -> None:
     """The bench."""
     parser = command_line("calibration", "Whether the simulator says what a live cluster does.")
-    parser.add_argument("--count", type=int, default=300, help="requests")
+    parser.add_argument("--count", type=int, default=250, help="requests")
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
     options = parser.parse_args()
     os.environ["DARKROOM_HOST_CACHE_BYTES"] = "0"  # what leaves a device comes back from disk

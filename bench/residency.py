@@ -96,18 +96,20 @@ def _task(prompt: str, seed: int) -> Task:
     return Task(prompt=prompt, step_count=STEP_COUNT, guidance_scale=2.0, seed=seed)
 
 
-def stream(count: int, rate: float, seed: int) -> list[Arrival]:
+def stream(
+    count: int, rate: float, seed: int, *, exponent: float = _EXPONENT, session_mean: float = _SESSION_MEAN
+) -> list[Arrival]:
     """`count` requests, `rate` a second, after the touches; equal seeds give equal streams."""
     rng, prompts = random.Random(seed), distinct_prompts(count, seed)
-    weights = [rank**-_EXPONENT for rank in range(1, MODEL_COUNT + 1)]
+    weights = [rank**-exponent for rank in range(1, MODEL_COUNT + 1)]
     arrivals: list[tuple[float, str]] = []
     start_s = MODEL_COUNT * _TOUCH_S
     while len(arrivals) < 2 * count:  # sessions reach beyond the last one's start
-        start_s += rng.expovariate(rate / _SESSION_MEAN)
+        start_s += rng.expovariate(rate / session_mean)
         (number,) = rng.choices(range(MODEL_COUNT), weights)
         at_s = start_s
         arrivals.append((at_s, model_id(number)))
-        while rng.random() > 1 / _SESSION_MEAN:
+        while rng.random() > 1 / session_mean:
             at_s += rng.expovariate(1 / _PAUSE_S)
             arrivals.append((at_s, model_id(number)))
     first = sorted(arrivals)[:count]
@@ -165,14 +167,14 @@ async def send(client: Client, arrivals: Sequence[Arrival]) -> list[float]:
 
 
 def loads(folder: Path) -> list[float]:
-    """Seconds of each load that a denoiser logged."""
-    events = (
+    """Seconds of each load that a denoiser logged, in the order in which they ended."""
+    events = [
         json.loads(line)
-        for log in sorted(folder.glob("denoiser-*.log"))
+        for log in folder.glob("denoiser-*.log")
         for line in log.read_text().splitlines()
         if '"event": "loaded"' in line
-    )
-    return [event["load_s"] for event in events]
+    ]
+    return [event["load_s"] for event in sorted(events, key=lambda event: str(event["timestamp"]))]
 
 
 def summarise(outcomes: Mapping[str, Sequence[Outcome]]) -> dict[str, Any]:

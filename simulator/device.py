@@ -124,14 +124,29 @@ class Together(Generic[T]):
         self._go_on()
 
 
+class Process:
+    """A stage's process on cores that others use too. It computes on one: Python runs one of its threads at a time."""
+
+    def __init__(self, clock: Clock, cores: Link) -> None:
+        self._clock, self._cores, self._own = clock, cores, Link("process", 1.0)
+
+    def run(self, seconds: float, done: Action) -> None:
+        """Work of so many seconds, beside whatever else the process is at."""
+        Transfer(self._clock, (self._own, self._cores), seconds, done)
+
+    def elsewhere(self, seconds: float, done: Action) -> None:
+        """Work of other processes."""
+        Process(self._clock, self._cores).run(seconds, done)
+
+
 class InRounds(Generic[T]):
-    """As `Together`, on cores that others use too: a round is a step of each, and who comes joins the next one."""
+    """As `Together`, in a process on shared cores: a round is a step of each, and who comes joins the next one."""
 
     def __init__(
-        self, clock: Clock, work: Work, started: Started[T], finished: Finished[T], *, max_images: int, cores: Link
+        self, clock: Clock, work: Work, started: Started[T], finished: Finished[T], *, max_images: int, process: Process
     ) -> None:
         self._clock, self._work, self._started, self._finished = clock, work, started, finished
-        self._max_images, self._cores = max_images, cores
+        self._max_images, self._process = max_images, process
         self._ready: deque[T] = deque()
         self._steps_left: dict[T, int] = {}
         self._is_running = False
@@ -156,7 +171,7 @@ class InRounds(Generic[T]):
         if images:
             seconds = sum(self._work.round_s(count) for count in images.values())
             self.busy_s += seconds
-            on_cores(self._clock, self._cores, seconds, self._end)
+            self._process.run(seconds, self._end)
 
     def _end(self) -> None:
         for task in list(self._steps_left):
@@ -164,13 +179,8 @@ class InRounds(Generic[T]):
             if not self._steps_left[task]:
                 del self._steps_left[task]
                 self._finished(task, self._work.fixed_s)
-                on_cores(self._clock, self._cores, self._work.fixed_s, partial(self._answer, task))
+                self._process.elsewhere(self._work.fixed_s, partial(self._answer, task))
         self._next_round()
 
     def _answer(self, task: T) -> None:
         task.finish_s = self._clock.now_s
-
-
-def on_cores(clock: Clock, cores: Link, seconds: float, done: Action) -> None:
-    """Work of so many seconds for one thread, on cores that others may be using: at most one of them is its own."""
-    Transfer(clock, (Link("thread", 1.0), cores), seconds, done)

@@ -12,7 +12,7 @@ from functools import partial
 from darkroom.policy.eviction import Evict
 from simulator.clock import Action, Clock
 from simulator.costs import Loader, Sizes, Work
-from simulator.device import InRounds, OneByOne, Together, on_cores
+from simulator.device import InRounds, OneByOne, Process, Together
 from simulator.links import Link, Transfer
 from simulator.shelf import Item, Shelf
 from simulator.workload import LoraUse, Request
@@ -73,7 +73,8 @@ class Worker:
             Link(name, 1 / seconds) if seconds else None
             for name, seconds in (("network", loader.network_s), ("disk", loader.disk_s), ("bus", loader.bus_s))
         )
-        self._store, self._cores, self._finished = store, cores, finished
+        self._store, self._finished = store, finished
+        self._process = Process(clock, cores) if cores else None
         self.load_counts = [0, 0, 0, 0]
         self.load_seconds: list[float] = []
         self.on_warm: Action | None = None
@@ -90,8 +91,8 @@ class Worker:
 
     def _accelerator(self, max_images: int) -> Together[Job] | OneByOne[Job] | InRounds[Job]:
         clock, work, started, ended = self._clock, self._work, self._started, self._ended
-        if self._cores:
-            return InRounds(clock, work, started, ended, max_images=max_images, cores=self._cores)
+        if self._process:
+            return InRounds(clock, work, started, ended, max_images=max_images, process=self._process)
         if max_images:
             return Together(clock, work, started, ended, max_images=max_images)
         return OneByOne(clock, work, started, ended)
@@ -274,8 +275,8 @@ class Worker:
     def _move(self, link: Link | None, size: float, done: Action) -> None:
         if link is None:
             self._clock.after(0.0, done)
-        elif self._cores and link is self.disk:
-            on_cores(self._clock, self._cores, size / link.rate, done)
+        elif self._process and link is self.disk:
+            self._process.run(size / link.rate, done)
         else:
             links = (link, self._store) if self._store and link is self.network else (link,)
             Transfer(self._clock, links, size, done)

@@ -17,7 +17,8 @@ _LIMIT_LIFETIME_S = 60.0
 """How long a batch size that did not fit is avoided: what filled the memory may have gone since."""
 _PATIENCE_S, _PATIENCE_FACTOR = 3.0, 5.0
 _UNKNOWN_PATIENCE_S = 300.0
-"""A first forward may compile, allocate, and page in gigabytes."""
+"""A network's first forward may compile, allocate, and page in gigabytes."""
+_MAX_KEYS = 1024
 
 
 _PROBE_SIZES = (1, 2, 4, 8, 16)
@@ -47,7 +48,7 @@ class _Probe:
 class _Batch:
     """What the cost curves ask of calls of equal key."""
 
-    key: Any
+    cost_key: Any
     kind: Any
     rows: int
     is_beside: bool
@@ -56,7 +57,7 @@ class _Batch:
     @classmethod
     def of(cls, calls: Sequence[Forward]) -> _Batch:
         is_beside = any(call.adapter is not None and call.adapter.is_beside for call in calls)
-        return cls(calls[0].key, calls[0].kind, sum(call.rows for call in calls), is_beside)
+        return cls(calls[0].cost_key, calls[0].kind, sum(call.rows for call in calls), is_beside)
 
 
 class BatchRunner:
@@ -66,8 +67,10 @@ class BatchRunner:
         """`costs` learns from every batch. `max_probe_rows`: largest size that `probe` tries; 0 probes nothing."""
         self._costs, self._max_probe_rows = costs, max_probe_rows
         self._apart = {False: CostCurve(), True: CostCurve()}
-        """By kind and not by key: of batches in which nothing was added beside the weights, and of others."""
+        """By kind and not by cost key: of batches in which nothing was added beside the weights, and of others."""
         self._probes: OrderedDict[Any, _Probe] = OrderedDict()
+        self._known: OrderedDict[Any, None] = OrderedDict()
+        """Keys that have run, latest last: what others of a build cost says nothing of a first forward."""
         self._limits: dict[Any, tuple[int, float]] = {}
         self._busy: tuple[float, float] | None = None
         self._unread: deque[tuple[_Batch, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -147,8 +150,9 @@ class BatchRunner:
 
     def _timed(self, calls: list[Forward]) -> tuple[list[Any], float]:
         batch = _Batch.of(calls)
-        expected_s = self._costs.seconds(batch.key, batch.rows)
-        patience_s = _UNKNOWN_PATIENCE_S if expected_s is None else max(_PATIENCE_S, _PATIENCE_FACTOR * expected_s)
+        expected_s = self._costs.seconds(batch.cost_key, batch.rows)
+        is_first = expected_s is None or calls[0].key not in self._known
+        patience_s = _UNKNOWN_PATIENCE_S if is_first else max(_PATIENCE_S, _PATIENCE_FACTOR * (expected_s or 0.0))
         self._read_events()
         self._note_for_probes(batch.kind, calls[0])
         start_s = time.monotonic()
@@ -158,12 +162,14 @@ class BatchRunner:
                 answers = run_batch(calls)
                 seconds = time.monotonic() - start_s
                 self._learn(batch, seconds)
+                self._note_run(calls[0].key)
                 return answers, seconds
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             answers = run_batch(calls)
             end.record()
             self._unread.append((batch, begin, end))
+            self._note_run(calls[0].key)
             return answers, expected_s or 0.0
         finally:
             self._busy = None
@@ -174,8 +180,14 @@ class BatchRunner:
             batch, begin, end = self._unread.popleft()
             self._learn(batch, begin.elapsed_time(end) / 1000)
 
+    def _note_run(self, key: Any) -> None:
+        self._known[key] = None
+        self._known.move_to_end(key)
+        if len(self._known) > _MAX_KEYS:
+            self._known.popitem(last=False)
+
     def _learn(self, batch: _Batch, seconds: float) -> None:
-        self._costs.add(batch.key, batch.rows, seconds)
+        self._costs.add(batch.cost_key, batch.rows, seconds)
         self._apart[batch.is_beside].add(batch.kind, batch.rows, seconds)
 
 

@@ -247,11 +247,12 @@ class Executor:
         waiting = [program for program in self._resident if program.forward is not None]
         if not waiting:
             return
+        cost_keys = {forward.key: forward.cost_key for forward in map(_forward_of, waiting)}
         chosen = choose_batch(
             [_place_in_line(program) for program in waiting],
             now_s=now_s,
             max_rows=self._max_batch_rows,
-            cost=self.costs.seconds,
+            cost=lambda key, rows: self.costs.seconds(cost_keys[key], rows),
             served_s=self._served.read(now_s),
             row_limits=self._batches.row_limits(now_s),
         )
@@ -313,7 +314,7 @@ class Executor:
     def _remaining_s(self, program: Program) -> float:
         """Seconds a program still needs by itself; one that never ran is taken for an average one."""
         if program.forward is not None:
-            program.forward_s = self.costs.seconds(program.forward.key, program.forward.rows)
+            program.forward_s = self.costs.seconds(program.forward.cost_key, program.forward.rows)
         return program.ticket.forwards_left * (program.forward_s or self._mean_forward_s)
 
 

@@ -62,14 +62,28 @@ class Entry:
     method: str = "forward"
     identity: Hashable = None
     """Equal for entries into the same network, however often they were made; of this object alone if None."""
+    build: Hashable = None
+    """Equal for entries into networks whose calls cost alike; as the identity if None."""
 
     @classmethod
     def of(cls, network: torch.nn.Module, method: str, label: str, shared: Sequence[str]) -> Entry:
         """The entry point `method` of `network`, labelled for logs; `shared` arguments have no batch dimension."""
         function = network if method == "forward" else getattr(network, method)
         parameters = tuple(inspect.signature(getattr(network, method)).parameters)
-        identity = (id(network), method, frozenset(shared))
-        return cls(f"{label}.{method}", function, parameters, frozenset(shared), method, identity)
+        name, kept = f"{label}.{method}", frozenset(shared)
+        identity, build = (id(network), method, kept), (build_of(network), method, kept)
+        return cls(name, function, parameters, kept, method, identity, build)
+
+
+def build_of(network: torch.nn.Module) -> str:
+    """A digest of a network's class and of its tensors' names, shapes, types and devices: equal ones cost alike.
+
+    A model that comes back to the device is known by it, and so are models that differ in weights alone.
+    """
+    tensors = itertools.chain(network.named_parameters(), network.named_buffers())
+    described = [(name, tuple(tensor.shape), str(tensor.dtype), str(tensor.device)) for name, tensor in tensors]
+    text = repr((type(network).__module__, type(network).__qualname__, described))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 _carried: ContextVar[Adapter | None] = ContextVar("carried", default=None)
@@ -89,15 +103,15 @@ class Forward:
     """A call that a program waits on.
 
     `rows` is the first dimension of the first tensor argument that has one per row; `key` is equal for calls that may
-    share a batch, `kind` for calls that would, were it not for their adapters.
+    share a batch, `cost_key` for calls that cost alike, also of other networks of the same build, and `kind` for calls
+    that would, were it not for their adapters.
     """
 
-    __slots__ = ("_spec", "adapter", "args", "entry", "key", "kind", "kwargs", "leaves", "names", "rows")
+    __slots__ = ("_spec", "adapter", "args", "cost_key", "entry", "key", "kind", "kwargs", "leaves", "names", "rows")
 
     def __init__(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads the call; the arguments are kept as they are."""
         self.entry, self.args, self.kwargs = entry, args, kwargs
-        self.adapter = adapter = _carried.get()
         bound = {**dict(zip(entry.parameters, args, strict=False)), **kwargs}
         for name in _IGNORED:
             bound.pop(name, None)
@@ -108,12 +122,21 @@ class Forward:
             self._flatten(name, value)
         self.rows = self._count_rows()
         self.kind: Hashable = _interned(
-            id(entry) if entry.identity is None else entry.identity,
+            self._identity if entry.build is None else entry.build,
             tuple(self._spec),
             tuple([self._leaf_key(name, leaf) for name, leaf in zip(self.names, self.leaves, strict=True)]),
         )
+        self._take(_carried.get())
+
+    @property
+    def _identity(self) -> Hashable:
+        return id(self.entry) if self.entry.identity is None else self.entry.identity
+
+    def _take(self, adapter: Adapter | None) -> None:
+        self.adapter = adapter
         company = adapter.company if adapter else None
-        self.key: Hashable = self.kind if company is None else _interned(self.kind, company)
+        self.cost_key: Hashable = self.kind if company is None else _interned("beside", self.kind, company)
+        self.key: Hashable = _interned("of", self._identity, self.cost_key)
 
     def _flatten(self, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor) or type(value) in _PLAIN:
@@ -162,7 +185,7 @@ class Forward:
         if self.adapter is None:
             return self
         other = copy.copy(self)
-        other.adapter, other.key = None, self.kind
+        other._take(None)  # noqa: SLF001 - its own kind
         return other
 
     def rebuilt(self, leaves: Sequence[Any]) -> dict[str, Any]:

@@ -184,6 +184,7 @@ class Journal:
         if not self.is_skipping:
             self._restore()
             self._outputs = outputs
+            self._end_range(outputs)
         return outputs if wants_tuple else _Returned(outputs)
 
     def _restore(self) -> None:
@@ -222,9 +223,13 @@ class Journal:
         self._count_forwards_left(last)
         snapshot = self._snapshot() if self._is_snapshot_due else None
         self.on_step(StepDone(self.done, steps, snapshot, self._previews(before, answer)))
-        if self.done == self.to_step and self.done < steps:  # after the last one the pipeline may have more to do
-            raise RangeDone(self._outputs[0])
+        self._end_range(self._outputs)
         return answer
+
+    def _end_range(self, outputs: tuple[Any, ...]) -> None:
+        """Stops after the last step asked for, unless it is the pipeline's last, which may have more to do then."""
+        if self.done == self.to_step and self.done < self.step_count:
+            raise RangeDone(outputs[0])
 
     def _previews(self, before: torch.Tensor | None, answer: Any) -> tuple[bytes, ...]:
         if self.preview is None or before is None or self.done % self.preview_interval:

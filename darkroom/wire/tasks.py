@@ -182,8 +182,10 @@ def _parse_from_step(message: denoiser_pb2.DenoiseRequest) -> int:
 def _parse_to_step(message: denoiser_pb2.DenoiseRequest) -> int | None:
     to_step = fields.check_range("to_step", message.to_step, 0, _MAX_SOLVER_STEPS)
     done = message.checkpoint.step if message.HasField("checkpoint") else 0
-    if to_step and to_step <= done:
-        raise InvalidField("to_step", f"must be past the checkpoint's step, {done}, not {to_step}")
+    if to_step and to_step < done:
+        raise InvalidField("to_step", f"must not be before the checkpoint's step, {done}, as {to_step} is")
+    if to_step and to_step == message.from_step:
+        raise InvalidField("to_step", f"must be past from_step, {message.from_step}, not {to_step}")
     return to_step or None
 
 

@@ -194,6 +194,18 @@ def test_adapters_that_keep_to_themselves_have_keys_of_their_own(network: Weighi
     assert len(set(keys)) == 3
 
 
+def test_networks_of_one_build_cost_alike_and_share_no_batch(network: Weighing) -> None:
+    call, other, double = (sample(1.0), torch.tensor(1)), Weighing(), Weighing().double()
+    for each in (network, other, double):
+        each.weight = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64 if each is double else torch.float32))
+    own, same, different = (Forward(entry(each), call, {}) for each in (network, other, double))
+    assert own.key != same.key
+    assert own.cost_key == same.cost_key != different.cost_key
+    scaled = forward(network, 1.0, Scaling(network, 2.0, company="two"))
+    assert own.kind == scaled.kind != scaled.cost_key
+    assert scaled.bare().key == own.key
+
+
 def test_entries_made_twice_into_one_network_are_the_same_and_into_another_are_not(network: Weighing) -> None:
     call = (sample(1.0), torch.tensor(1))
     assert Forward(entry(network), call, {}).key == Forward(entry(network), call, {}).key

@@ -270,6 +270,26 @@ def test_idle_moments_teach_what_larger_batches_cost() -> None:
     executor.submit(partial(steps, stand_in, 1.0, 2))[0].result(10)
     executor.submit(lambda: None)[0].result(10)
     assert len(network.rows) == before + 2, "what is known is not measured again"
+    again = Doubling()
+    executor.submit(partial(steps, Batched(again, "again"), 1.0, 2))[0].result(10)
+    executor.submit(lambda: None)[0].result(10)
+    assert again.rows == [2, 2], "nor of a network that is built alike, as of a model that was loaded again"
+    executor.close()
+
+
+def test_a_first_forward_is_given_time_whatever_others_of_its_build_take() -> None:
+    executor = Executor(max_batch_rows=16)
+    patience_s: list[float] = []
+
+    class Patient(Doubling):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, scale: float = 2.0) -> tuple[torch.Tensor]:
+            patience_s.append(-executor.overdue_s(time.monotonic()))
+            return super().forward(sample, timestep, scale)
+
+    for stand_in in (Batched(Patient(), "one"), Batched(Patient(), "two")):
+        executor.submit(partial(steps, stand_in, 1.0, 2))[0].result(10)
+    assert patience_s[0::2] == pytest.approx([300.0, 300.0], abs=5.0)
+    assert patience_s[1::2] == pytest.approx([3.0, 3.0], abs=1.0)
     executor.close()
 
 

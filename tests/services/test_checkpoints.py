@@ -124,6 +124,9 @@ async def test_a_range_stops_at_its_last_step_and_another_model_takes_its_latent
     assert sorted(half) == [1, 2, 3, 4]
     assert torch.equal(stopped, _outputs(half[4]))
     assert torch.equal(stopped, _outputs(made[4]))
+    again = await finish(start(stage, step_count=STEPS, deterministic=True, checkpoint=half[4], to_step=4))
+    assert torch.equal(latents(again), stopped)  # its replica died before it could say so
+    assert again.forward_count == 0
     rest = latents(await finish(start(stage, step_count=STEPS, deterministic=True, checkpoint=half[4], from_step=4)))
     assert torch.equal(rest, whole)  # the model's own solver, DDIM, keeps nothing but the latents
     other = await finish(
@@ -148,6 +151,8 @@ async def test_a_checkpoint_of_another_request_is_refused(neighbours: Neighbours
         assert error.message == "checkpoint belongs to another request"
     wrong_step = await refused(stage, checkpoint=made[4], from_step=5)
     assert "from_step is 5" in wrong_step.message
+    assert (await refused(stage, checkpoint=made[4], to_step=3)).message.startswith("to_step")
+    assert (await refused(stage, checkpoint=made[4], from_step=4, to_step=4)).message.startswith("to_step")
 
 
 def forged(message: checkpoint_pb2.Checkpoint, **changes: Any) -> checkpoint_pb2.Checkpoint:

@@ -46,6 +46,15 @@ def test_loads_and_steps_share_the_cores_of_the_machine() -> None:
     assert cold.finish_s == pytest.approx(10.0 + 2.6 + 0.6, abs=1e-3)
 
 
+def test_a_load_slows_the_steps_of_its_own_replica_even_with_cores_to_spare() -> None:
+    config = LiveConfig(loader=LOADER, work=Work(fixed_s=0.1, step_s=0.05), model_bytes=10**9, model_names=NAMES)
+    hardware = Hardware(worker_count=1, rooms=(2.0, 0.0, 100.0), core_count=8.0)
+    cluster = Cluster(Live(config), hardware, Sizes(0, spread=0.0), seed=0)
+    _, warm, cold = cluster.replay([request(0, 0.0, "m0"), request(1, 10.0, "m0"), request(2, 10.0, "m1")])
+    assert warm.finish_s == pytest.approx(10.0 + 2 * 0.5 + 0.1, abs=1e-3)
+    assert cold.finish_s == pytest.approx(10.0 + 2.5 + 0.6, abs=1e-3)
+
+
 def test_requests_go_where_their_model_is() -> None:
     jobs = serve([request(n, 10.0 * n, NAMES[n % 2]) for n in range(12)], "worth", workers=2, room=1.0)
     assert len({(job.request.base, job.worker_id) for job in jobs}) == 2

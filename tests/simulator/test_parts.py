@@ -13,7 +13,7 @@ from darkroom.policy.eviction import least_recent
 from darkroom.policy.popularity import gini
 from simulator.clock import Clock
 from simulator.costs import Sizes, Work
-from simulator.device import InRounds, OneByOne, Together
+from simulator.device import InRounds, OneByOne, Process, Together
 from simulator.generator import generate
 from simulator.links import Link, Transfer
 from simulator.shelf import Shelf
@@ -121,7 +121,10 @@ def answers(core_count: float, tasks: list[tuple[float, Request]], *, replicas: 
     def done(job: Job, seconds: float) -> None:
         job.finish_s = clock.now_s + seconds
 
-    devices = [InRounds[Job](clock, work, lambda _: None, done, max_images=4, cores=cores) for _ in range(replicas)]
+    devices = [
+        InRounds[Job](clock, work, lambda _: None, done, max_images=4, process=Process(clock, cores))
+        for _ in range(replicas)
+    ]
     jobs = [Job(asked, 0, 0) for _, asked in tasks]
     for number, (job, (at_s, _)) in enumerate(zip(jobs, tasks, strict=True)):
         clock.at(at_s, partial(devices[number % replicas].add, job))
