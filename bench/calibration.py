@@ -63,6 +63,8 @@ _NEVER_S = 1e6
 _PROBED_STEPS = (2, 8, 16)
 _PROBED_IMAGES = 4
 _REPEATS = 7
+_PAUSE_S = 1.0
+"""As requests of the stream have between them: right after another one, a load finds the processor's caches warm."""
 _IN_A_ROW = 4
 _EXPONENT = 0.5
 """Of the ranks' weights: the first of twelve models gets a sixth of the sessions."""
@@ -84,6 +86,8 @@ class Costs:
     """What one more image in a step costs, as a share of the first."""
     load_s: float
     """Of a model's part in a denoiser."""
+    load_spread: float
+    """Deviation of the logarithm of single loads."""
     core_count: float
     """What two denoisers at work get done, in those of one alone: the cores that all stages share."""
 
@@ -106,17 +110,18 @@ async def probe(config: ClusterConfig) -> Costs:
     folder = config.log_folder
     assert folder is not None
     async with LocalCluster(config) as cluster, Client(router_address=cluster.addresses.router) as client:
-        load_s, homes = await _load_s(client, folder)
+        loads_s, homes = await _loads_s(client, folder)
         seconds = await _seconds(client)
         core_count = await _core_count(client, homes)
     fixed_s, step_s = _line([seconds[1, steps] for steps in _PROBED_STEPS])
     _, step_of_many_s = _line([seconds[_PROBED_IMAGES, steps] for steps in _PROBED_STEPS])
     marginal = (step_of_many_s / step_s - 1) / (_PROBED_IMAGES - 1)
-    return Costs(fixed_s, step_s, marginal, load_s, core_count)
+    load_spread = float(np.std(np.log(loads_s)))
+    return Costs(fixed_s, step_s, marginal, statistics.median(loads_s), load_spread, core_count)
 
 
-async def _load_s(client: Client, folder: Path) -> tuple[float, list[str]]:
-    """Of a denoiser's part of a model that encoder and VAE have, or it would be slowed by theirs.
+async def _loads_s(client: Client, folder: Path) -> tuple[list[float], list[str]]:
+    """Of denoisers' parts of models that encoder and VAE have, or they would be slowed by theirs.
 
     Also returns a model on the device of each denoiser.
     """
@@ -125,10 +130,11 @@ async def _load_s(client: Client, folder: Path) -> tuple[float, list[str]]:
     for seed in range(2):
         before = loads(folder)
         for number, prompt in enumerate(distinct_prompts(MODEL_COUNT, seed)):
+            await asyncio.sleep(_PAUSE_S)
             drawn = await client.draw(_probing(model_id(number), prompt, _PROBED_STEPS[0], 1))
             (replica_id,) = [stage.replica_id for stage in drawn.stages if stage.stage == "denoiser"]
             homes[replica_id] = model_id(number)
-    return statistics.median(loads(folder)[len(before) :]), list(homes.values())
+    return loads(folder)[len(before) :], list(homes.values())
 
 
 async def _seconds(client: Client) -> dict[tuple[int, int], float]:
@@ -171,38 +177,42 @@ def _line(seconds: Sequence[float]) -> tuple[float, float]:
     return float(start), float(rise)
 
 
-def simulate(costs: Costs, kind: EvictionKind, arrivals: Sequence[Arrival], model_bytes: int) -> Outcome:
-    """The same requests on virtual workers."""
+def simulate(costs: Costs, kind: EvictionKind, arrivals: Sequence[Arrival], model_bytes: int, seed: int = 0) -> Outcome:
+    """The same requests on virtual workers; equal seeds give equal times of loads."""
     requests = [
         Request(number=number, arrival_s=arrival.at_s, base=arrival.model_id, image_count=1, step_count=STEP_COUNT)
         for number, arrival in enumerate(arrivals)
     ]
     warm_up = warm_up_count(arrivals)
-    before, _ = _replay(costs, kind, requests[:warm_up], model_bytes)
-    cluster, latencies_s = _replay(costs, kind, requests, model_bytes)
+    before, cluster = (_virtual(costs, kind, model_bytes, seed) for _ in range(2))
+    before.replay(requests[:warm_up])
+    jobs = sorted(cluster.replay(requests), key=lambda job: job.request.number)
     load_count = _load_count(cluster) - _load_count(before)
-    return Outcome(latencies_s[warm_up:], load_count, load_count * costs.load_s)
+    latencies_s = [job.finish_s - job.request.arrival_s for job in jobs[warm_up:]]
+    return Outcome(latencies_s, load_count, load_count * costs.load_s)
 
 
 def _replays(costs: Costs, kind: EvictionKind, arrivals: Sequence[Arrival], model_bytes: int) -> list[Outcome]:
     rng = random.Random(0)
-    return [simulate(costs.about(rng), kind, arrivals, model_bytes) for _ in range(_REPLAYS)]
+    return [simulate(costs.about(rng), kind, arrivals, model_bytes, seed) for seed in range(_REPLAYS)]
 
 
-def _replay(
-    costs: Costs, kind: EvictionKind, requests: Sequence[Request], model_bytes: int
-) -> tuple[Cluster, list[float]]:
-    """The cluster at the end, and the latencies in the order of the requests."""
-    loader = Loader(network_s=0.0, disk_s=costs.load_s, bus_s=0.0, attach_s=0.0, is_streaming=True, overlaps=True)
+def _virtual(costs: Costs, kind: EvictionKind, model_bytes: int, seed: int) -> Cluster:
+    loader = Loader(
+        network_s=0.0,
+        disk_s=costs.load_s,
+        bus_s=0.0,
+        attach_s=0.0,
+        is_streaming=True,
+        overlaps=True,
+        spread=costs.load_spread,
+    )
     names = tuple(map(model_id, range(MODEL_COUNT)))
     work = Work(fixed_s=costs.fixed_s, step_s=costs.step_s, marginal=costs.marginal)
     config = LiveConfig(loader=loader, work=work, eviction=kind, model_bytes=model_bytes, model_names=names)
-    hardware = Hardware(
-        worker_count=_DENOISER_COUNT, rooms=(float(ROOM_COUNT), 0.0, float(MODEL_COUNT)), core_count=costs.core_count
-    )
-    cluster = Cluster(Live(config), hardware, Sizes(0, spread=0.0), seed=0)
-    jobs = sorted(cluster.replay(requests), key=lambda job: job.request.number)
-    return cluster, [job.finish_s - job.request.arrival_s for job in jobs]
+    rooms = (float(ROOM_COUNT), 0.0, float(MODEL_COUNT))
+    hardware = Hardware(worker_count=_DENOISER_COUNT, rooms=rooms, core_count=costs.core_count)
+    return Cluster(Live(config), hardware, Sizes(0, spread=0.0), seed=seed)
 
 
 def _load_count(cluster: Cluster) -> int:
@@ -291,7 +301,7 @@ def show(figures: dict[str, Any]) -> bool:
 def main() -> None:
     """The bench."""
     parser = command_line("calibration", "Whether the simulator says what a live cluster does.")
-    parser.add_argument("--count", type=int, default=250, help="requests")
+    parser.add_argument("--count", type=int, default=300, help="requests")
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
     options = parser.parse_args()
     os.environ["DARKROOM_HOST_CACHE_BYTES"] = "0"  # what leaves a device comes back from disk

@@ -82,6 +82,7 @@ class Cluster:
                 cores=cores,
                 max_images=service.max_images,
                 finished=self._finished,
+                rng=self.rng,
             )
             for worker_id in range(hardware.worker_count)
         ]

@@ -30,6 +30,8 @@ class Loader(LoadTimes):
     """Whether bytes from afar go to host memory as they come, and not by way of the disk."""
     overlaps: bool
     """Whether loads run beside the accelerator's work, and LoRAs load beside their base."""
+    spread: float = 0.0
+    """Of single reads from disk about their usual time: the deviation of the logarithm."""
 
 
 PRODUCTION = Loader(network_s=16.1, disk_s=19.0, bus_s=2.9, attach_s=4.0, is_streaming=False, overlaps=False)

@@ -4,6 +4,7 @@ A load that overlaps runs beside the accelerator's work, LoRAs beside their base
 request's turn. A component is loaded once, however many wait for it.
 """
 
+import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Worker:
         cores: Link | None,
         max_images: int,
         finished: Callable[[Job], None],
+        rng: random.Random,
     ) -> None:
         """`rooms`, `evicts`, `holders`: of device, host and disk. `store`: the link by which all nodes fetch.
 
@@ -73,7 +75,7 @@ class Worker:
             Link(name, 1 / seconds) if seconds else None
             for name, seconds in (("network", loader.network_s), ("disk", loader.disk_s), ("bus", loader.bus_s))
         )
-        self._store, self._finished = store, finished
+        self._store, self._finished, self._rng = store, finished, rng
         self._process = Process(clock, cores) if cores else None
         self.load_counts = [0, 0, 0, 0]
         self.load_seconds: list[float] = []
@@ -239,7 +241,9 @@ class Worker:
             self._read(load)
 
     def _read(self, load: _Load) -> None:
-        self._move(self.disk, load.size, lambda: self._on_host(load))
+        spread = self._loader.spread
+        usual_share = self._rng.lognormvariate(0.0, spread) if spread else 1.0
+        self._move(self.disk, load.size * usual_share, lambda: self._on_host(load))
 
     def _on_host(self, load: _Load) -> None:
         self.shelves[HOST].put(load.name, load.size, self._clock.now_s)

@@ -1,6 +1,8 @@
 """A live cluster's counterpart: requests go where their models are, and evictions keep what is asked for often."""
 
+import math
 import random
+import statistics
 from dataclasses import replace
 from typing import Literal
 
@@ -53,6 +55,22 @@ def test_a_load_slows_the_steps_of_its_own_replica_even_with_cores_to_spare() ->
     _, warm, cold = cluster.replay([request(0, 0.0, "m0"), request(1, 10.0, "m0"), request(2, 10.0, "m1")])
     assert warm.finish_s == pytest.approx(10.0 + 2 * 0.5 + 0.1, abs=1e-3)
     assert cold.finish_s == pytest.approx(10.0 + 2.5 + 0.6, abs=1e-3)
+
+
+def test_loads_may_take_more_or_less_than_usual() -> None:
+    def latencies(seed: int) -> list[float]:
+        loader = replace(LOADER, spread=0.3)
+        config = LiveConfig(loader=loader, work=Work(fixed_s=0.1, step_s=0.05), model_names=NAMES)
+        cluster = Cluster(
+            Live(config), Hardware(worker_count=1, rooms=(1.0, 0.0, 9.0)), Sizes(0, spread=0.0), seed=seed
+        )
+        jobs = cluster.replay([request(n, 20.0 * n, NAMES[n % 6]) for n in range(60)])
+        return [job.finish_s - job.request.arrival_s - 0.6 for job in jobs]
+
+    found = latencies(1)
+    assert found == latencies(1) != latencies(2)
+    assert 1.7 < statistics.median(found) < 2.3
+    assert 0.2 < statistics.pstdev(map(math.log, found)) < 0.4
 
 
 def test_requests_go_where_their_model_is() -> None:
