@@ -102,7 +102,7 @@ def make_store(root: Path, *, scale: int) -> None:
     for name in _MODELS:
         (root / name / "model_index.json").write_text(json.dumps(index))
     for shared in ("text_encoder", "vae", "scheduler"):
-        (root / "two" / shared).symlink_to(root / "one" / shared)
+        (root / "two" / shared).symlink_to((root / "one" / shared).resolve())
     (root / "lora").mkdir()
     rank = 32 // scale
     save_file({f"{i}.lora_A.weight": torch.randn(rank, 12_800) for i in range(64)}, root / "lora" / "lora.safetensors")
