@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 # What the contract must stay compatible with. Where that is the commit at hand, the one before it.
 PROTO_BASE ?= main
 
-# Tests wait for leases, processes and each other's turns half of the time: on two cores, two at once take two thirds.
+# Tests wait half of the time, for leases and processes: on two cores, two at once take half as long as one.
 TEST_PROCESSES ?= 2
 
 STYLES := outline stripes shadow
@@ -43,7 +43,7 @@ up: $(VENV)  ## Runs a whole cluster on this machine until Ctrl-C.
 test test-long gpu: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)  ## Runs the tests that need no GPU and no Docker.
-	$(PYTHON) -m pytest -m "not compose and not long" --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(PYTHON) -m pytest -m "not compose and not long" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)  ## Runs the tests that take minutes each.
 	$(PYTHON) -m pytest -m long
