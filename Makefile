@@ -43,7 +43,7 @@ up: $(VENV)  ## Runs a whole cluster on this machine until Ctrl-C.
 test test-long gpu: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)  ## Runs the tests that need no GPU and no Docker.
-	$(PYTHON) -m pytest -m "not compose and not long" --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+	$(PYTHON) -m pytest -m "not compose and not long" --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-long: $(VENV)  ## Runs the tests that take minutes each.
 	$(PYTHON) -m pytest -m long
