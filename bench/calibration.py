@@ -177,7 +177,7 @@ def _line(seconds: Sequence[float]) -> tuple[float, float]:
     return float(start), float(rise)
 
 
-def simulate(costs: Costs, kind: EvictionKind, arrivals: Sequence[Arrival], model_bytes: int, seed: int = 0) -> Outcome:
+def simulate(costs: Costs, kind: EvictionKind, arrivals: Sequence[Arrival], model_bytes: int, seed: int) -> Outcome:
     """The same requests on virtual workers; equal seeds give equal times of loads."""
     requests = [
         Request(number=number, arrival_s=arrival.at_s, base=arrival.model_id, image_count=1, step_count=STEP_COUNT)

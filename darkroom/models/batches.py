@@ -151,8 +151,8 @@ class BatchRunner:
     def _timed(self, calls: list[Forward]) -> tuple[list[Any], float]:
         batch = _Batch.of(calls)
         expected_s = self._costs.seconds(batch.cost_key, batch.rows)
-        is_first = expected_s is None or calls[0].key not in self._known
-        patience_s = _UNKNOWN_PATIENCE_S if is_first else max(_PATIENCE_S, _PATIENCE_FACTOR * (expected_s or 0.0))
+        known_s = expected_s if calls[0].key in self._known else None
+        patience_s = _UNKNOWN_PATIENCE_S if known_s is None else max(_PATIENCE_S, _PATIENCE_FACTOR * known_s)
         self._read_events()
         self._note_for_probes(batch.kind, calls[0])
         start_s = time.monotonic()

@@ -135,7 +135,7 @@ class Forward:
     def _take(self, adapter: Adapter | None) -> None:
         self.adapter = adapter
         company = adapter.company if adapter else None
-        self.cost_key: Hashable = self.kind if company is None else _interned("beside", self.kind, company)
+        self.cost_key: Hashable = self.kind if company is None else _interned("with", self.kind, company)
         self.key: Hashable = _interned("of", self._identity, self.cost_key)
 
     def _flatten(self, name: str, value: Any) -> None:
