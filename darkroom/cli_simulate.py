@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simulator.cluster import Hardware
-from simulator.report import Figures, Series, summary, write_json
+from simulator.report import Figures, Series, Spread, summary, write_json
 from simulator.run import PRODUCTION_COMPRESSION, REQUEST_COUNT, Settings, replays
 from simulator.systems import ABLATIONS, ADDITIONS, BASELINES, LIMITS, OURS, SCALED, SYSTEMS
 from simulator.workload import SHAPES
@@ -77,7 +77,7 @@ def simulate(  # noqa: PLR0917 - a command's options
             _out.print(f"{name}, seed {seed}: mean {figures.mean_s:.1f} s, p99 {figures.p99_s:.1f} s", highlight=False)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error), param_hint="--trace") from error
-    _out.print(_table(found))
+    _print_whole(_table(found))
     if json_file:
         write_json(json_file, asdict(settings) | {"trace": str(trace or ""), "seeds": seeds}, found)
     if plots:
@@ -94,20 +94,29 @@ def _names(policies: Sequence[str]) -> list[str]:
 
 
 def _table(found: Mapping[str, Sequence[Figures]]) -> Table:
-    table = Table()
-    table.add_column("policy")
-    for head in _SHOWN.values():
-        table.add_column(head, justify="right")
-    for name, runs in found.items():
-        figures = summary(runs)
-        table.add_row(
-            name,
-            *(
-                f"{figures[key].mean:.4g}" + (f" ± {figures[key].half:.2g}" if figures[key].half else "")
-                for key in _SHOWN
-            ),
-        )
+    """Whichever are fewer, policies or figures, stand side by side."""
+    figures = {name: summary(runs) for name, runs in found.items()}
+    cells = [[_cell(of[key]) for key in _SHOWN] for of in figures.values()]
+    rows, columns = list(found), list(_SHOWN.values())
+    if len(rows) < len(columns):
+        rows, columns, cells = columns, rows, [list(row) for row in zip(*cells, strict=True)]
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row, of in zip(rows, cells, strict=True):
+        table.add_row(row, *of)
     return table
+
+
+def _cell(figure: Spread) -> str:
+    return f"{figure.mean:.4g}" + (f" ± {figure.half:.2g}" if figure.half else "")
+
+
+def _print_whole(table: Table) -> None:
+    """Prints a table as wide as it is: where the terminal is narrower, or there is none, rich would cut figures off."""
+    needed = _out.measure(table, options=_out.options.update_width(10_000)).maximum
+    Console(width=max(needed, _out.width)).print(table)
 
 
 def _plot(folder: Path, shown: Mapping[str, tuple[Figures, Series]]) -> None:

@@ -1,5 +1,6 @@
 """Fixtures shared by every test: model stores made once per run."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,8 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model_id in TINY_MODELS:
         save_tiny_model(root, model_id)
     return root
+
+
+def pytest_configure() -> None:
+    """Leaves pytest-asyncio no event loop to keep: else it makes one, which the first `asyncio.run` drops unclosed."""
+    asyncio.set_event_loop(None)

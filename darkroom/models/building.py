@@ -3,6 +3,7 @@
 The rule: what is not understood is not attempted. `Unhandled` says why, and the folder is left to `from_pretrained`.
 """
 
+import functools
 import json
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,8 +14,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from darkroom.models.blueprints import Blueprints
+
 _MAX_INDEX_BYTES = 16 << 20
 _DIFFUSERS_NAME, _TRANSFORMERS_NAME = "diffusion_pytorch_model.safetensors", "model.safetensors"
+_blueprints = Blueprints()
 _building = threading.Lock()
 """Both libraries set the process's default type, and more, while they make a network."""
 
@@ -44,20 +48,41 @@ def weights_files(kind: type, folder: Path, present: Collection[Path]) -> tuple[
     return [folder / name for name in sorted(names)], True
 
 
-def build(
-    kind: Any, folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, *, is_sharded: bool
-) -> torch.nn.Module:
-    """The network with these tensors as its parameters: the very same ones where their type is the one it runs in.
+Filling = Callable[[Mapping[str, torch.Tensor]], torch.nn.Module]
+"""Makes the network with these tensors as its parameters: the very same ones where their type is the one it runs in.
 
-    Raises Unhandled, or what `from_pretrained` raises for tensors that do not fit.
+Raises Unhandled, or what `from_pretrained` raises for tensors that do not fit.
+"""
+
+
+def prepare(kind: Any, folder: Path, dtype: torch.dtype, *, is_sharded: bool) -> Filling:
+    """Does what can be done of building a network before its tensors are there.
+
+    Raises Unhandled, or what `from_pretrained` raises for a config that is none.
     """
     if issubclass(kind, PreTrainedModel):
-        return _build_transformers(kind, folder, tensors, dtype)
-    return _build_diffusers(kind, folder, tensors, dtype, is_sharded=is_sharded)
+        return functools.partial(_build_transformers, kind, folder, dtype)
+    return functools.partial(_filled, _unfilled(kind, folder, dtype), folder, dtype, is_sharded=is_sharded)
+
+
+def meta_network(kind: Any, folder: Path) -> torch.nn.Module:
+    """The network without weights."""
+
+    def make() -> Any:
+        with torch.device("meta"):
+            if issubclass(kind, PreTrainedModel):
+                return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+            return kind.from_config(kind.load_config(folder, local_files_only=True))
+
+    return _blueprints.network((kind, _config_text(folder), "meta"), make)
+
+
+def _config_text(folder: Path) -> bytes:
+    return (folder / "config.json").read_bytes()
 
 
 def _build_transformers(
-    kind: Any, folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+    kind: Any, folder: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
 ) -> torch.nn.Module:
     """By transformers itself, which knows its renamings, ties and types, and takes tensors instead of files."""
     config = kind.config_class.from_pretrained(folder, local_files_only=True)
@@ -70,22 +95,30 @@ def _build_transformers(
     return network
 
 
-def _build_diffusers(
-    kind: Any, folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, *, is_sharded: bool
+def _unfilled(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A network of diffusers without weights, and with the tables that it computes for itself."""
+
+    def make() -> Any:
+        config = kind.load_config(folder, local_files_only=True)
+        if config.get("quantization_config") is not None:
+            raise Unhandled("it is quantized")
+        with _building, _Unfilled():
+            usual = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)  # as from_pretrained does: buffers are made in it
+            try:
+                return kind.from_config(config)
+            except (NotImplementedError, RuntimeError) as error:
+                raise Unhandled(f"it cannot be made without memory: {str(error)[:100]}") from error
+            finally:
+                torch.set_default_dtype(usual)
+
+    return _blueprints.network((kind, _config_text(folder), dtype), make)
+
+
+def _filled(
+    network: Any, folder: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor], *, is_sharded: bool
 ) -> torch.nn.Module:
-    config = kind.load_config(folder, local_files_only=True)
-    if config.get("quantization_config") is not None:
-        raise Unhandled("it is quantized")
-    with _building, _Unfilled():
-        usual = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # as from_pretrained does: buffers are made in it
-        try:
-            network: Any = kind.from_config(config)
-        except (NotImplementedError, RuntimeError) as error:
-            raise Unhandled(f"it cannot be made without memory: {str(error)[:100]}") from error
-        finally:
-            torch.set_default_dtype(usual)
-    state = dict(tensors)
+    state, kind = dict(tensors), type(network)
     if not is_sharded:  # as from_pretrained does
         network._fix_state_dict_keys_on_load(state)  # noqa: SLF001 - names of older releases
     wanted = network.state_dict()

@@ -16,7 +16,8 @@ import torch
 
 from darkroom.errors import ModelNotFound, UnusableModel
 from darkroom.families import CONTROLNETS
-from darkroom.models.loader import Part, meta_network
+from darkroom.models.building import meta_network
+from darkroom.models.loader import Part
 from darkroom.models.lone import LoneNetwork, OnDemand, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched

@@ -13,7 +13,7 @@ import transformers
 from diffusers.utils import BaseOutput
 
 from darkroom.errors import ModelNotFound, UnusableModel
-from darkroom.models.loader import meta_network
+from darkroom.models.building import meta_network
 from darkroom.models.lone import LoneNetwork, read_config
 from darkroom.models.remote import Home, Remote, Send
 from darkroom.models.standins import Batched

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from darkroom.errors import DarkroomError, ModelNotFound, UnusableModel
 from darkroom.families import FAMILIES, REFINERS, UNSUPPORTED, Family
+from darkroom.models.building import meta_network
 from darkroom.models.derived import NotDerivable, derived_family
 from darkroom.models.previews import PreviewMap, load_map
 from darkroom.models.remote import Home, Remote, Send
@@ -304,17 +305,6 @@ def _component_class(model_id: str, name: str, library: str, class_name: str) ->
     if not isinstance(kind, type):
         raise UnusableModel(model_id, f"its component {name} is no class of diffusers or transformers")
     return kind
-
-
-def meta_network(kind: Any, folder: Path) -> torch.nn.Module:
-    """The network without weights."""
-    with torch.device("meta"):
-        if issubclass(kind, PreTrainedModel):
-            network = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
-        else:
-            network = kind.from_config(kind.load_config(folder, local_files_only=True))
-    assert isinstance(network, torch.nn.Module)
-    return network
 
 
 def _away(

@@ -5,7 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import structlog
 import torch
 
 from darkroom.errors import DarkroomError
-from darkroom.models.building import Unhandled, build, weights_files
+from darkroom.models.building import Unhandled, prepare, weights_files
 from darkroom.models.store.device import to_device
 from darkroom.models.store.host import HostFile, merged, uses
 from darkroom.models.store.model_store import ModelStore, store_of
@@ -28,18 +28,18 @@ _STORED_TYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 def load_networks(
     store: ModelStore, wanted: Mapping[str, tuple[Any, Path]], device: torch.device
 ) -> dict[str, torch.nn.Module]:
-    """Networks by name, of these classes and folders; while one is built, the files of the next are read."""
+    """Networks by name, of these classes and folders; while one is made, its files and the next one's are read."""
     networks: dict[str, torch.nn.Module] = {}
-    names = list(wanted)
+    ways = list(wanted.values())
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as ahead:
-        held: list[Future[list[HostFile]]] = []  # what was read stays in memory until it is asked for
+        held = [ahead.submit(_read_ahead, store, *way) for way in ways[:1]]
         for number, (name, (kind, folder)) in enumerate(wanted.items()):
 
-            def read_next(following: Sequence[str] = names[number + 1 : number + 2]) -> None:
-                held.extend(ahead.submit(_read_ahead, store, *wanted[each]) for each in following)
+            def read_next(following: Sequence[tuple[Any, Path]] = ways[number + 1 : number + 2]) -> None:
+                held.extend(ahead.submit(_read_ahead, store, *way) for way in following)
 
-            networks[name] = load_network(kind, folder, device, store=store, on_read=read_next)
-            del held[:-1]
+            networks[name] = _load_network(store, kind, folder, device, read_next)
+            del held[:-1]  # what was read stays in memory until it is asked for
     return networks
 
 
@@ -50,49 +50,52 @@ def _read_ahead(store: ModelStore, kind: Any, folder: Path) -> list[HostFile]:
     return []
 
 
-def load_network(
-    kind: Any,
-    folder: Path,
-    device: torch.device,
-    *,
-    store: ModelStore | None = None,
-    on_read: Callable[[], None] = lambda: None,
+def load_network(kind: Any, folder: Path, device: torch.device, *, store: ModelStore | None = None) -> torch.nn.Module:
+    """The network with its weights, on the device, in the type it runs in there. The files are those of `store`."""
+    (network,) = load_networks(store or store_of(folder.parent.parent), {"": (kind, folder)}, device).values()
+    return network
+
+
+def _load_network(
+    store: ModelStore, kind: Any, folder: Path, device: torch.device, on_read: Callable[[], None]
 ) -> torch.nn.Module:
-    """The network with its weights, on the device, in the type it runs in there. The files are those of `store`.
-
-    `on_read` is called when they are in memory, and the rest of the work begins.
-    """
-    store = store or store_of(folder.parent.parent)
     dtype = running_dtype(store, folder, device)
-    read_s = time.monotonic()
+    start_s, reading_s = time.monotonic(), 0.0
 
-    def note_read() -> None:
-        nonlocal read_s
-        read_s = time.monotonic()
+    def read(paths: Sequence[Path]) -> list[HostFile]:
+        nonlocal reading_s
+        begin_s = time.monotonic()
+        files = [store.read(path) for path in paths]
+        reading_s = time.monotonic() - begin_s
         on_read()
+        return files
 
-    network, files = _built(kind, folder, dtype, store, note_read)
+    network, files = _built(kind, folder, dtype, store, read)
     if getattr(network.config, "force_upcast", False) and network.dtype is torch.float16:
         # pipelines would cast it to and fro around each request, under the feet of the others
         network = network.float()
     network = to_device(network.eval().requires_grad_(requires_grad=False), device)
     if files:
         size_bytes = sum(file.header.size_bytes for file in files)
-        store.eviction.loaded(Tier.DEVICE, size_bytes, time.monotonic() - read_s)
+        store.eviction.loaded(Tier.DEVICE, size_bytes, time.monotonic() - start_s - reading_s)
     if uses(network, files):  # others that have the same files share them while this one lives
         network.__dict__["host_files"] = files
     return network
 
 
 def _built(
-    kind: Any, folder: Path, dtype: torch.dtype, store: ModelStore, on_read: Callable[[], None]
+    kind: Any,
+    folder: Path,
+    dtype: torch.dtype,
+    store: ModelStore,
+    read: Callable[[Sequence[Path]], list[HostFile]],
 ) -> tuple[Any, list[HostFile]]:
     """The network, on the CPU, over the bytes of files in memory where that can be done."""
     try:
         paths, is_sharded = weights_files(kind, folder, store.weights(folder))
-        files = [store.read(path) for path in paths]
-        on_read()
-        network = build(kind, folder, merged(files), dtype, is_sharded=is_sharded)
+        filling = prepare(kind, folder, dtype, is_sharded=is_sharded)
+        files = read(paths)
+        network = filling(merged(files))
     except Unhandled as problem:
         _log.info("built_by_its_library", network=kind.__name__, reason=str(problem))
         for path in store.weights(folder):

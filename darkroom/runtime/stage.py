@@ -1,6 +1,7 @@
 """What every stage process is made of besides its own service: model parts, tensor exchange, membership, the server."""
 
 import functools
+import gc
 import os
 import secrets
 import sys
@@ -249,6 +250,8 @@ class StageProcess:
                 _name(tensor_pb2, "TensorService"),
             ),
         ]
+        gc.freeze()  # what imports made stays: looking it through stops every step for half a second
+        gc.enable()
         await self._preload(self.config.preload, held)
         await self._server.start([*services, *common])
         background = [

@@ -1,5 +1,9 @@
 """Wires the denoiser together: `python -m services.denoiser`."""
 
+import gc
+
+gc.disable()  # until `StageProcess` serves: imports make half a million objects, and no garbage
+
 import asyncio
 
 import torch

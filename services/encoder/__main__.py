@@ -1,5 +1,9 @@
 """Wires the encoder together: `python -m services.encoder`."""
 
+import gc
+
+gc.disable()  # until `StageProcess` serves: imports make half a million objects, and no garbage
+
 import asyncio
 from functools import partial
 

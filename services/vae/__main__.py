@@ -1,5 +1,9 @@
 """Wires the VAE service together: `python -m services.vae`."""
 
+import gc
+
+gc.disable()  # until `StageProcess` serves: imports make half a million objects, and no garbage
+
 import asyncio
 
 from darkroom.runtime.config import read_config

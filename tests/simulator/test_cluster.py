@@ -160,8 +160,18 @@ def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path) -> None
     done = CliRunner().invoke(app, ["simulate", *options, "--seeds", "2", "--plots", str(tmp_path / "plots")])
     assert done.exit_code == 0, done.output
     assert "darkroom" in done.output
+    assert "…" not in done.output
+    assert "scale-out, s" in done.output
     assert '"network_loads"' in written.read_text()
     assert len(list((tmp_path / "plots").glob("*.png"))) == 5
+
+
+def test_the_table_of_many_policies_is_wider_than_the_terminal_and_whole() -> None:
+    done = CliRunner().invoke(app, ["simulate", "--requests", "40", "--policy", "ablations", "--gpus", "4"])
+    assert done.exit_code == 0, done.output
+    (heads,) = (line for line in done.output.splitlines() if "on device" in line)
+    assert "scale-out, s" in heads
+    assert "…" not in done.output
 
 
 @pytest.mark.parametrize(

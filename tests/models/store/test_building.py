@@ -13,7 +13,7 @@ import transformers
 from diffusers import ModelMixin
 from transformers import PreTrainedModel
 
-from darkroom.models.building import Unhandled, build, weights_files
+from darkroom.models.building import Unhandled, prepare, weights_files
 from darkroom.models.store.host import HostCache, merged
 from darkroom.models.store.pool import HostPool
 from darkroom.store.source import weights_in
@@ -34,7 +34,8 @@ def _both(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Any, dict[s
     host = HostCache(HostPool(idle_bytes=0), limit_bytes=0)
     paths, is_sharded = weights_files(kind, folder, weights_in(folder))
     tensors = dict(merged([host.read(path, None) for path in paths]))
-    ours = build(kind, folder, tensors, dtype, is_sharded=is_sharded).eval()
+    prepare(kind, folder, dtype, is_sharded=is_sharded)  # so that the one compared is a copy, and not the first
+    ours = prepare(kind, folder, dtype, is_sharded=is_sharded)(tensors).eval()
     theirs = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).eval()
     return ours, theirs, tensors
 
