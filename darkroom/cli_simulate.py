@@ -12,7 +12,7 @@ from rich.table import Table
 from simulator.cluster import Hardware
 from simulator.report import Figures, Series, Spread, summary, write_json
 from simulator.run import PRODUCTION_COMPRESSION, REQUEST_COUNT, Settings, replays
-from simulator.systems import ABLATIONS, ADDITIONS, BASELINES, LIMITS, OURS, SCALED, SYSTEMS
+from simulator.systems import ABLATIONS, ADDITIONS, BASELINES, LIMITS, OURS, SCALED, SERVED, SYSTEMS
 from simulator.workload import SHAPES
 
 _GROUPS = {
@@ -22,6 +22,7 @@ _GROUPS = {
     "ablations": {**ABLATIONS, **ADDITIONS},
     "limits": LIMITS,
     "scaled": SCALED,
+    "served": SERVED,
 }
 _SHOWN: Mapping[str, str] = {
     "mean_s": "mean, s",
@@ -96,7 +97,7 @@ def _names(policies: Sequence[str]) -> list[str]:
 def _table(found: Mapping[str, Sequence[Figures]]) -> Table:
     """Whichever are fewer, policies or figures, stand side by side."""
     figures = {name: summary(runs) for name, runs in found.items()}
-    cells = [[_cell(of[key]) for key in _SHOWN] for of in figures.values()]
+    cells = [[_cell(own[key]) for key in _SHOWN] for own in figures.values()]
     rows, columns = list(found), list(_SHOWN.values())
     if len(rows) < len(columns):
         rows, columns, cells = columns, rows, [list(row) for row in zip(*cells, strict=True)]
@@ -104,8 +105,8 @@ def _table(found: Mapping[str, Sequence[Figures]]) -> Table:
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right")
-    for row, of in zip(rows, cells, strict=True):
-        table.add_row(row, *of)
+    for row, texts in zip(rows, cells, strict=True):
+        table.add_row(row, *texts)
     return table
 
 

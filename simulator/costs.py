@@ -16,7 +16,7 @@ from simulator.workload import Request
 _SPREAD = 0.17
 """Deviation of the logarithm of the loads from afar: 5 % of them take 1.32 times the median or more."""
 _MOST_DEVIATIONS = 2.0
-_BASE_BYTES = 6.9e9
+BASE_BYTES = 6.9e9
 """Of a median base model (SDXL, half precision), only to tell bytes: nothing depends on it."""
 
 
@@ -84,4 +84,4 @@ class Sizes:
 
 def gigabytes(size: float) -> float:
     """A size in GB."""
-    return size * _BASE_BYTES / 1e9
+    return size * BASE_BYTES / 1e9

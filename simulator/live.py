@@ -1,6 +1,6 @@
-"""A small cluster as its services run it: the router's own forecasts, evictions by what each replica saw itself.
+"""A cluster as its services run it: the router's own forecasts, evictions by what each replica saw itself.
 
-What the simulator is calibrated with. No plans: they would only hide where the two differ.
+What the simulator is calibrated with. No plans: they would only hide where the two differ; `served` has them.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from darkroom.policy.appraisal import Appraisal
-from darkroom.policy.assignments import Announced, Assignments, HeldModel, Sent
+from darkroom.policy.assignments import Announced, Assignments, HeldModel, Prepared, Sent
 from darkroom.policy.eviction import Evict, Resident, least_recent, least_valuable
 from darkroom.policy.forecast import Wanted
 from darkroom.policy.placement import choose_replica
@@ -17,7 +17,7 @@ from darkroom.policy.worth import Tier, Worth, WorthConfig
 from simulator.cluster import Cluster
 from simulator.costs import Loader, Work
 from simulator.fleet import FleetConfig
-from simulator.worker import DEVICE, DISK, HOST, Job, Worker
+from simulator.worker import DEVICE, DISK, Job, Worker
 from simulator.workload import Request
 
 _STAGE = "denoiser"
@@ -46,8 +46,8 @@ class Live:
     def __init__(self, config: LiveConfig) -> None:
         self.loader, self.work, self.max_images = config.loader, config.work, config.max_images
         self._config, self._assignments = config, Assignments()
-        self._sent: dict[int, Sent] = {}
-        """By request."""
+        self._sent: dict[int, tuple[Sent, Prepared | None]] = {}
+        """By request, with the load that was asked for when it came."""
         self._appraisals: dict[int, Appraisal] = {}
 
     def begin(self, cluster: Cluster) -> None:
@@ -67,6 +67,7 @@ class Live:
 
         def by_worth(residents: Sequence[Resident], needed: float) -> list[str]:
             worker, now_s = self._cluster.workers[worker_id], self._cluster.clock.now_s
+            self.tell(appraisal, worker, residents, now_s)
             valued = []
             for resident in residents:
                 kept = [other for other in _HELD if other != tier and resident.name in worker.shelves[other]]
@@ -75,6 +76,9 @@ class Live:
             return least_valuable(valued, needed)
 
         return by_worth if self._config.eviction == "worth" else least_recent
+
+    def tell(self, appraisal: Appraisal, worker: Worker, residents: Sequence[Resident], now_s: float) -> None:
+        """What a replica hears of other replicas' requests and copies before it values what it has: nothing."""
 
     def _appraisal(self) -> Appraisal:
         return Appraisal(Worth(Popularity(), self.loader, WorthConfig()))
@@ -88,7 +92,11 @@ class Live:
         )
         assert chosen is not None
         worker = self._cluster.workers[int(chosen.replica_id)]
-        self._sent[request.number] = self._assignments.send(said[worker], wanted, now_s)
+        prepared = None
+        if said[worker].tier is not Tier.DEVICE:  # its load begins while the encoder is at the prompt
+            prepared = self._assignments.prepare(said[worker], wanted, now_s)
+            self._assignments.came(prepared)
+        self._sent[request.number] = (self._assignments.send(said[worker], wanted, now_s), prepared)
         return worker
 
     def _wanted(self, request: Request) -> Wanted:
@@ -107,7 +115,9 @@ class Live:
                 HeldModel(
                     model_id=item.name,
                     size_bytes=item.size * scale,
-                    back=Tier.HOST if item.name in worker.shelves[HOST] else Tier.DISK,
+                    back=next(
+                        (tier for tier in (Tier.HOST, Tier.DISK) if item.name in worker.shelves[tier]), Tier.REMOTE
+                    ),
                     other_count=self._cluster.holders[DEVICE][item.name] - 1,
                 )
                 for item in device.items.values()
@@ -116,10 +126,14 @@ class Live:
 
     def finished(self, job: Job) -> None:
         """What the router and the replica learn from an answer."""
-        now_s, sent = self._cluster.clock.now_s, self._sent.pop(job.request.number)
+        now_s, (sent, prepared) = self._cluster.clock.now_s, self._sent.pop(job.request.number)
+        if prepared:
+            self._assignments.loaded(prepared, job.base_s)
+            self._assignments.call_off(prepared)
         self._assignments.answered(sent, now_s)
         self._assignments.close(sent)
-        self._appraisals[job.worker_id].worth.add(job.request.base, now_s, now_s - job.start_s)
+        for name in (job.request.base, *(lora.lora_id for lora in job.request.loras)):
+            self._appraisals[job.worker_id].worth.add(name, now_s, now_s - job.start_s)
 
 
 def _amount(request: Request) -> float:

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from darkroom.policy.planning import Planned
 from darkroom.policy.prefetch import BanditConfig
 from simulator import baselines
 from simulator.cluster import Service
-from simulator.costs import FREE, PRODUCTION, Work
+from simulator.costs import BASE_BYTES, DIRECT, FREE, PRODUCTION, Work
 from simulator.fleet import FleetConfig, anywhere, warmest
+from simulator.live import LiveConfig
 from simulator.ours import Darkroom, DarkroomConfig
+from simulator.served import Served
 from simulator.workload import Request
 
 Make = Callable[[Sequence[Request]], Service]
@@ -74,10 +77,18 @@ SCALED: Mapping[str, Make] = {
 }
 """Two workers at least, and as many more of all machines as the waiting work asks for, by one rule for all."""
 
+_SERVED = LiveConfig(loader=DIRECT, work=_BATCHED.work, max_images=_BATCHED.max_images, model_bytes=int(BASE_BYTES))
+
+SERVED: Mapping[str, Make] = {
+    "darkroom-as-served": lambda requests: Served(_SERVED, requests, Planned()),
+    "darkroom-as-served-without-plans": lambda requests: Served(_SERVED, requests, None),
+}
+"""`darkroom-batched` with what its services know of each other, and no more."""
+
 LIMITS: Mapping[str, Make] = {
     "all-warm": _ours(replace(_OURS, loader=FREE, plan_every_s=0.0, displaced_weight=0.0)),
     "knows-the-future": _ours(replace(_OURS, eviction="future")),
 }
 """What nobody can reach: no load ever costs anything; evictions know what comes."""
 
-SYSTEMS: Mapping[str, Make] = {**BASELINES, **OURS, **ABLATIONS, **ADDITIONS, **SCALED, **LIMITS}
+SYSTEMS: Mapping[str, Make] = {**BASELINES, **OURS, **ABLATIONS, **ADDITIONS, **SCALED, **SERVED, **LIMITS}

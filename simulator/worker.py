@@ -32,6 +32,8 @@ class Job:
     """Where its base was when it came, nearest first."""
     missing_count: int = 0
     """Components it still waits for."""
+    base_s: float = 0.0
+    """When its base was on the device, if that had to be loaded."""
     start_s: float = 0.0
     finish_s: float = 0.0
     held: list[Item] = field(default_factory=list)
@@ -110,6 +112,10 @@ class Worker:
         """Whether it is on its way to the device."""
         return name in self._loads
 
+    def is_bringing(self, name: str) -> bool:
+        """Whether it is on its way to any tier."""
+        return name in self._loads or name in self._coming
+
     def submit(self, request: Request) -> Job:
         """Takes a request in."""
         job = Job(request, self.worker_id, self.tier_of(request.base))
@@ -133,7 +139,7 @@ class Worker:
 
     def prefetch(self, name: str, tier: int) -> None:
         """Brings a base to a tier although nobody has asked for it there yet."""
-        if self.tier_of(name) <= tier or name in self._loads or name in self._coming:
+        if self.tier_of(name) <= tier or self.is_bringing(name):
             return
         if tier == DEVICE:
             self._load(name)
@@ -269,6 +275,7 @@ class Worker:
             warm, self.on_warm = self.on_warm, None
             warm()
         for job in load.jobs:
+            job.base_s = self._clock.now_s
             self._use(job, load.name)
             if self._loader.overlaps:
                 self._arrived(job)

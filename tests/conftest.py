@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure() -> None:
+    """Leaves pytest-asyncio no event loop to keep: else it makes one, which the first `asyncio.run` drops unclosed."""
+    asyncio.set_event_loop(None)
+
+
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model store with one tiny random-weight model per row of the family table."""
@@ -15,8 +20,3 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model_id in TINY_MODELS:
         save_tiny_model(root, model_id)
     return root
-
-
-def pytest_configure() -> None:
-    """Leaves pytest-asyncio no event loop to keep: else it makes one, which the first `asyncio.run` drops unclosed."""
-    asyncio.set_event_loop(None)

@@ -2,7 +2,7 @@
 
 Models of one config differ in weights alone, and stores are full of those. Making a network's modules by their
 constructors is the better part of loading a small one, in Python, which the engine's thread wants too; a copy takes a
-tenth of it (docs/benchmarks.md).
+tenth of it.
 """
 
 import copyreg
@@ -13,12 +13,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import structlog
 import torch
 
-_MOST = 64
-"""Blueprints kept. One takes some hundred kilobytes."""
-_NOT_WRITTEN = (pickle.PicklingError, AttributeError, TypeError, NotImplementedError, RecursionError)
-"""What modules raise that hold something of this process alone, a lambda say."""
+_log = structlog.get_logger()
+_MAX_BYTES = 32 << 20
+"""Of the blueprints kept. One takes some hundred kilobytes, unless its network computes large tables for itself."""
+_NONE = b""
+"""Kept for networks that cannot be copied."""
 
 
 class Blueprints:
@@ -26,6 +28,7 @@ class Blueprints:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, bytes] = OrderedDict()
+        """Pickled networks, those used last at the end."""
         self._lock = threading.Lock()
 
     def network(self, key: Hashable, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
@@ -35,40 +38,50 @@ class Blueprints:
         make the same. The first of a key is what `make` returned, and so is every one that cannot be copied.
         """
         with self._lock:
-            written = self._kept.get(key)
-            if written is not None:
+            pickled = self._kept.get(key)
+            if pickled is not None:
                 self._kept.move_to_end(key)
-        if written is not None:
-            copied: torch.nn.Module = pickle.loads(written)  # noqa: S301 - written by this process, kept in its memory
-            return copied
+        if pickled:
+            return _copied(pickled)
         network = make()
-        try:
-            written = _written(network)
-        except _NOT_WRITTEN:
-            return network
-        with self._lock:
-            self._kept[key] = written
-            while len(self._kept) > _MOST:
-                self._kept.popitem(last=False)
+        if pickled is None:
+            self._keep(key, network)
         return network
 
+    def _keep(self, key: Hashable, network: torch.nn.Module) -> None:
+        try:
+            pickled = _pickled(network)
+            _copied(pickled)
+        except Exception as error:  # noqa: BLE001 - modules that hold what is of this process alone raise all sorts
+            _log.info("made_every_time", network=type(network).__name__, reason=str(error)[:100])
+            pickled = _NONE
+        with self._lock:
+            self._kept[key] = pickled
+            while sum(map(len, self._kept.values())) > _MAX_BYTES:
+                self._kept.popitem(last=False)
 
-def _written(network: torch.nn.Module) -> bytes:
-    """The network as text, without the values that weights files hold."""
-    filled = {id(tensor) for tensor in network.state_dict(keep_vars=True).values()}
+
+def _copied(pickled: bytes) -> torch.nn.Module:
+    network: torch.nn.Module = pickle.loads(pickled)  # noqa: S301 - pickled by this process, kept in its memory
+    return network
+
+
+def _pickled(network: torch.nn.Module) -> bytes:
+    """The network without the values that weights files hold."""
+    stored = {id(tensor) for tensor in network.state_dict(keep_vars=True).values()}
 
     def reduced(tensor: torch.Tensor) -> Any:
-        if id(tensor) in filled or tensor.is_meta:
-            return _unfilled, (isinstance(tensor, torch.nn.Parameter), tuple(tensor.shape), tensor.dtype)
+        if id(tensor) in stored or tensor.is_meta:
+            return _without_values, (isinstance(tensor, torch.nn.Parameter), tuple(tensor.shape), tensor.dtype)
         return tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
 
-    text = io.BytesIO()
-    pickler = pickle.Pickler(text, protocol=pickle.HIGHEST_PROTOCOL)
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, protocol=pickle.HIGHEST_PROTOCOL)
     pickler.dispatch_table = {**copyreg.dispatch_table, torch.Tensor: reduced, torch.nn.Parameter: reduced}
     pickler.dump(network)
-    return text.getvalue()
+    return file.getvalue()
 
 
-def _unfilled(is_parameter: bool, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:  # noqa: FBT001 - pickle's
+def _without_values(is_parameter: bool, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:  # noqa: FBT001
     tensor = torch.empty(shape, dtype=dtype, device="meta")
     return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor

@@ -4,6 +4,7 @@ The rule: what is not understood is not attempted. `Unhandled` says why, and the
 """
 
 import functools
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,7 +20,7 @@ from darkroom.models.blueprints import Blueprints
 _MAX_INDEX_BYTES = 16 << 20
 _DIFFUSERS_NAME, _TRANSFORMERS_NAME = "diffusion_pytorch_model.safetensors", "model.safetensors"
 _blueprints = Blueprints()
-_building = threading.Lock()
+_making = threading.Lock()
 """Both libraries set the process's default type, and more, while they make a network."""
 
 
@@ -48,61 +49,71 @@ def weights_files(kind: type, folder: Path, present: Collection[Path]) -> tuple[
     return [folder / name for name in sorted(names)], True
 
 
-Filling = Callable[[Mapping[str, torch.Tensor]], torch.nn.Module]
-"""Makes the network with these tensors as its parameters: the very same ones where their type is the one it runs in.
+Fill = Callable[[Mapping[str, torch.Tensor]], torch.nn.Module]
+"""Gives a network these tensors as its parameters: the very same ones where their type is the one it runs in.
 
 Raises Unhandled, or what `from_pretrained` raises for tensors that do not fit.
 """
 
 
-def prepare(kind: Any, folder: Path, dtype: torch.dtype, *, is_sharded: bool) -> Filling:
+def prepare(kind: Any, folder: Path, dtype: torch.dtype, *, is_sharded: bool) -> Fill:
     """Does what can be done of building a network before its tensors are there.
 
     Raises Unhandled, or what `from_pretrained` raises for a config that is none.
     """
     if issubclass(kind, PreTrainedModel):
-        return functools.partial(_build_transformers, kind, folder, dtype)
-    return functools.partial(_filled, _unfilled(kind, folder, dtype), folder, dtype, is_sharded=is_sharded)
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        if getattr(config, "quantization_config", None) is not None:
+            raise Unhandled("it is quantized")
+        return functools.partial(_fill_transformers, kind, config, folder, dtype)
+    return functools.partial(
+        _fill_diffusers, _without_weights(kind, folder, dtype), folder, dtype, is_sharded=is_sharded
+    )
+
+
+def from_library(kind: Any, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """What `from_pretrained` makes of a folder."""
+    with _making:
+        network = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
+    assert isinstance(network, torch.nn.Module)
+    return network
 
 
 def meta_network(kind: Any, folder: Path) -> torch.nn.Module:
-    """The network without weights."""
+    """The network without weights, on the meta device."""
 
     def make() -> Any:
-        with torch.device("meta"):
+        with _making, torch.device("meta"):
             if issubclass(kind, PreTrainedModel):
                 return kind(kind.config_class.from_pretrained(folder, local_files_only=True))
             return kind.from_config(kind.load_config(folder, local_files_only=True))
 
-    return _blueprints.network((kind, _config_text(folder), "meta"), make)
+    return _blueprints.network((kind, _config_digest(folder), "meta"), make)
 
 
-def _config_text(folder: Path) -> bytes:
-    return (folder / "config.json").read_bytes()
+def _config_digest(folder: Path) -> bytes:
+    return hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=16).digest()
 
 
-def _build_transformers(
-    kind: Any, folder: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
+def _fill_transformers(
+    kind: Any, config: Any, folder: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor]
 ) -> torch.nn.Module:
     """By transformers itself, which knows its renamings, ties and types, and takes tensors instead of files."""
-    config = kind.config_class.from_pretrained(folder, local_files_only=True)
-    if getattr(config, "quantization_config", None) is not None:
-        raise Unhandled("it is quantized")
-    with _building:
+    with _making:
         network = kind.from_pretrained(None, config=config, state_dict=dict(tensors), dtype=dtype)
     network.name_or_path = network.config.name_or_path = str(folder)
     assert isinstance(network, torch.nn.Module)
     return network
 
 
-def _unfilled(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+def _without_weights(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A network of diffusers without weights, and with the tables that it computes for itself."""
 
     def make() -> Any:
         config = kind.load_config(folder, local_files_only=True)
         if config.get("quantization_config") is not None:
             raise Unhandled("it is quantized")
-        with _building, _Unfilled():
+        with _making, _Unfilled():
             usual = torch.get_default_dtype()
             torch.set_default_dtype(dtype)  # as from_pretrained does: buffers are made in it
             try:
@@ -112,10 +123,10 @@ def _unfilled(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
             finally:
                 torch.set_default_dtype(usual)
 
-    return _blueprints.network((kind, _config_text(folder), dtype), make)
+    return _blueprints.network((kind, _config_digest(folder), dtype), make)
 
 
-def _filled(
+def _fill_diffusers(
     network: Any, folder: Path, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor], *, is_sharded: bool
 ) -> torch.nn.Module:
     state, kind = dict(tensors), type(network)

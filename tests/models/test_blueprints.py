@@ -57,19 +57,29 @@ def test_copies_hold_tables_of_their_own_and_no_weights() -> None:
     assert all(tensor.is_meta for tensor in third.state_dict().values())
 
 
-def test_what_cannot_be_copied_is_made_every_time() -> None:
-    make, made = counted(lambda: Tabled(held=lambda: 1))
+class OnlyWritten:
+    """Can be pickled and not come back."""
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return int, ("none",)
+
+
+@pytest.mark.parametrize("held", [lambda: 1, OnlyWritten()], ids=["pickled", "unpickled"])
+def test_what_cannot_be_copied_is_made_every_time(held: Any) -> None:
+    make, made = counted(lambda: Tabled(held=held))
     kept = Blueprints()
     assert [kept.network("key", make), kept.network("key", make)] == made
 
 
 def test_those_used_longest_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blueprints, "_MOST", 2)
     make, made = counted(Tabled)
     kept = Blueprints()
-    for key in ("one", "two", "one", "three", "one", "two"):
+    kept.network("one", make)
+    monkeypatch.setattr(blueprints, "_MAX_BYTES", int(2.5 * len(kept._kept["one"])))
+    made.clear()
+    for key in ("two", "one", "three", "one", "two"):
         kept.network(key, make)
-    assert len(made) == 4
+    assert len(made) == 3
 
 
 def test_models_of_one_config_are_constructed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,21 @@
 """Networks built over tensors in memory equal what `from_pretrained` makes of the folder, bit for bit."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import diffusers
 import pytest
 import torch
 import transformers
-from diffusers import ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from transformers import PreTrainedModel
 
-from darkroom.models.building import Unhandled, prepare, weights_files
+from darkroom.models.building import Unhandled, meta_network, prepare, weights_files
 from darkroom.models.store.host import HostCache, merged
 from darkroom.models.store.pool import HostPool
 from darkroom.store.source import weights_in
@@ -34,10 +36,20 @@ def _both(kind: Any, folder: Path, dtype: torch.dtype) -> tuple[Any, Any, dict[s
     host = HostCache(HostPool(idle_bytes=0), limit_bytes=0)
     paths, is_sharded = weights_files(kind, folder, weights_in(folder))
     tensors = dict(merged([host.read(path, None) for path in paths]))
-    prepare(kind, folder, dtype, is_sharded=is_sharded)  # so that the one compared is a copy, and not the first
-    ours = prepare(kind, folder, dtype, is_sharded=is_sharded)(tensors).eval()
+    prepare(kind, folder, dtype, is_sharded=is_sharded)
+    with nothing_constructed():  # the one that is compared is a copy
+        fill = prepare(kind, folder, dtype, is_sharded=is_sharded)
+    ours = fill(tensors).eval()
     theirs = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).eval()
     return ours, theirs, tensors
+
+
+@contextlib.contextmanager
+def nothing_constructed() -> Iterator[None]:
+    """Inside, diffusers makes no network and transformers none without weights."""
+    refuse = mock.Mock(side_effect=AssertionError("it is constructed anew"))
+    with mock.patch.object(ConfigMixin, "from_config", refuse), mock.patch.object(PreTrainedModel, "__init__", refuse):
+        yield
 
 
 def _check_equal(ours: Any, theirs: Any) -> None:
@@ -76,6 +88,19 @@ def test_every_network_is_what_its_library_makes_of_the_folder(folder: Path, dty
             name for name, p in ours.named_parameters() if p.dtype == dtype and stored and p.data_ptr() not in stored
         ]
         assert not copied, (kind.__name__, copied[:3])  # no second copy
+
+
+def test_networks_without_weights_are_copied_whole(folder: Path) -> None:
+    for kind, where in _networks(folder):
+        whole = kind.from_pretrained(where, use_safetensors=True, local_files_only=True)
+        meta_network(kind, where)
+        with nothing_constructed():
+            copied: Any = meta_network(kind, where)
+        tensors, expected = copied.state_dict(keep_vars=True), whole.state_dict()
+        assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in expected.items()}
+        assert all(tensor.is_meta for tensor in tensors.values())
+        assert {type(module) for module in copied.modules()} == {type(module) for module in whole.modules()}
+        assert type(copied.config) is type(whole.config)
 
 
 def test_names_of_older_releases_are_understood(tiny_store: Path, tmp_path: Path) -> None:
