@@ -64,6 +64,7 @@ calibrate: $(VENV)  ## Compares the simulator with a live cluster; fails where t
 
 gpu: $(VENV)  ## Runs the GPU tests, then the benchmarks.
 	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m bench.loading
 	$(MAKE) bench
 
 compose-test: $(VENV)  ## Builds the containers and tests the cluster they form; needs Docker.

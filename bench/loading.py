@@ -7,7 +7,8 @@ Every turn is a process of its own, the files are out of the page cache, the way
 O_DIRECT bandwidth is measured among them. Imports are done before the clock starts, and the store's pool is prepared,
 as it is in a stage that serves; "fresh pool" is the first load of a process that did not. Each turn ends with a look at
 every page, for `from_pretrained` of one type maps the file and reads it when it is needed; "+ clone" makes it the
-process's own, as Darkroom's is: a mapped file that somebody truncates ends the process.
+process's own, as Darkroom's is: a mapped file that somebody truncates ends the process. Where there is a GPU, a network
+is also loaded onto it, from a pool that is pinned and from one that is not.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.report import console, finish, machine, table
+from darkroom.models.store.device import pin, unpin
 from darkroom.models.store.host import HostCache
 from darkroom.models.store.model_store import ModelStore
 from darkroom.models.store.pool import HostPool
@@ -45,7 +47,7 @@ from darkroom.store.indexing import write_index
 _SWITCH_INTERVAL_S = 1e-4
 """As in a stage."""
 _BLOCK_BYTES, _RAW_IN_FLIGHT = 2 << 20, 8
-_CPU = torch.device("cpu")
+_CPU, _GPU = torch.device("cpu"), torch.device("cuda:0")
 _KINDS = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderKL}
 _COPIES = {
     "raw O_DIRECT": "0",
@@ -55,6 +57,9 @@ _COPIES = {
     "runai-model-streamer": "its own buffers",
     "Darkroom": "0",
     "Darkroom, fresh pool": "0",
+    "from_pretrained, to GPU": "page cache, mapped, GPU",
+    "Darkroom, to GPU": "GPU",
+    "Darkroom, to GPU, not pinned": "CUDA's buffers, GPU",
 }
 _MODELS = ("one", "two")
 Load = Callable[[], Any]
@@ -138,9 +143,9 @@ def _touch(held: Any) -> None:
                     each.detach().reshape(-1)[:: 4096 // each.element_size()].sum()
 
 
-def _store(root: Path, sizes: Sequence[int]) -> ModelStore:
+def _store(root: Path, sizes: Sequence[int], *, is_pinned: bool = False) -> ModelStore:
     total = sum(sizes) + 4096 * len(sizes)
-    pool = HostPool(idle_bytes=2 * total)
+    pool = HostPool(idle_bytes=2 * total, pin=pin, unpin=unpin) if is_pinned else HostPool(idle_bytes=2 * total)
     if sizes:
         pool.prepare([SizeClass(size, float(count)) for size, count in sorted(Counter(sizes).items())], total)
     return ModelStore(Folder(root), HostCache(pool, limit_bytes=2 * total))
@@ -209,6 +214,16 @@ def _load_ours(root: Path, what: str, files: Sequence[Path], *, prepared: bool =
     return lambda: [_pipeline(root / name, store) for name in _MODELS]
 
 
+def _load_ours_onto_gpu(root: Path, _what: str, files: Sequence[Path], *, is_pinned: bool = True) -> Load:
+    store = _store(root, [path.stat().st_size for path in files], is_pinned=is_pinned)
+    return partial(load_network, UNet2DConditionModel, root / "one" / "unet", _GPU, store=store)
+
+
+def _load_usually_onto_gpu(root: Path, what: str, files: Sequence[Path]) -> Load:
+    load = _load_usually(root, what, files)
+    return lambda: load().to(_GPU)
+
+
 def _pipeline(folder: Path, store: ModelStore) -> Any:
     networks = load_networks(store, {name: (kind, folder / name) for name, kind in _KINDS.items()}, _CPU)
     absent: dict[str, Any] = dict.fromkeys(("tokenizer", "safety_checker", "feature_extractor"))
@@ -226,7 +241,12 @@ def ways_of(what: str) -> dict[str, Way]:
         ways["from_pretrained + clone"] = _load_usually_and_clone
     if what != "pipelines" and importlib.util.find_spec("runai_model_streamer"):
         ways["runai-model-streamer"] = _stream
-    return {**ways, "Darkroom": _load_ours, "Darkroom, fresh pool": partial(_load_ours, prepared=False)}
+    ways |= {"Darkroom": _load_ours, "Darkroom, fresh pool": partial(_load_ours, prepared=False)}
+    if what == "network" and torch.cuda.is_available():
+        ways["from_pretrained, to GPU"] = _load_usually_onto_gpu
+        ways["Darkroom, to GPU"] = _load_ours_onto_gpu
+        ways["Darkroom, to GPU, not pinned"] = partial(_load_ours_onto_gpu, is_pinned=False)
+    return ways
 
 
 def files_of(root: Path, what: str) -> list[Path]:
@@ -241,11 +261,15 @@ def turn(root: Path, what: str, way: str) -> None:
     torch.set_num_threads(1)
     files = files_of(root, what)
     load = ways_of(what)[way](root, what, files)
+    if torch.cuda.is_available():
+        torch.zeros(1, device=_GPU)  # or the first copy would wait for the driver
     gc.collect()
     cold(files)
     before, start_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     held = load()
     _touch(held)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     took_s, after = time.perf_counter() - start_s, resource.getrusage(resource.RUSAGE_SELF)
     del held
     print(

@@ -84,20 +84,27 @@ def model_id(number: int) -> str:
     return f"model-{number:02}"
 
 
-def touches() -> list[Arrival]:
+def touches(step_count: int) -> list[Arrival]:
     """A request of each model, so that encoder and VAE hold them all, and every denoiser's room is full."""
     prompts = distinct_prompts(MODEL_COUNT, seed=10_000)
     return [
-        Arrival(number * _TOUCH_S, model_id(number), _task(prompt, number)) for number, prompt in enumerate(prompts)
+        Arrival(number * _TOUCH_S, model_id(number), _task(prompt, number, step_count))
+        for number, prompt in enumerate(prompts)
     ]
 
 
-def _task(prompt: str, seed: int) -> Task:
-    return Task(prompt=prompt, step_count=STEP_COUNT, guidance_scale=2.0, seed=seed)
+def _task(prompt: str, seed: int, step_count: int) -> Task:
+    return Task(prompt=prompt, step_count=step_count, guidance_scale=2.0, seed=seed)
 
 
 def stream(
-    count: int, rate: float, seed: int, *, exponent: float = _EXPONENT, session_mean: float = _SESSION_MEAN
+    count: int,
+    rate: float,
+    seed: int,
+    *,
+    exponent: float = _EXPONENT,
+    session_mean: float = _SESSION_MEAN,
+    step_count: int = STEP_COUNT,
 ) -> list[Arrival]:
     """`count` requests, `rate` a second, after the touches; equal seeds give equal streams."""
     rng, prompts = random.Random(seed), distinct_prompts(count, seed)
@@ -114,7 +121,10 @@ def stream(
             arrivals.append((at_s, model_id(number)))
     first = sorted(arrivals)[:count]
     counted = zip(first, prompts, strict=True)
-    return [*touches(), *(Arrival(at_s, name, _task(prompt, n)) for n, ((at_s, name), prompt) in enumerate(counted))]
+    return [
+        *touches(step_count),
+        *(Arrival(at_s, name, _task(prompt, n, step_count)) for n, ((at_s, name), prompt) in enumerate(counted)),
+    ]
 
 
 def warm_up_count(arrivals: Sequence[Arrival]) -> int:

@@ -1,7 +1,9 @@
 """Child processes that never outlive their parent, restarted when they die."""
 
 import asyncio
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -13,6 +15,8 @@ from typing import BinaryIO
 
 _STOP_GRACE_S = 10.0
 _MAX_BACKOFF_S = 5.0
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST_PORT, _PORT_TRIES = 20_000, 20
 _LEASH = Path(__file__).with_name("leash.py")
 
 
@@ -123,7 +127,17 @@ async def _end(child: Child) -> None:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now."""
+    """A TCP port on loopback that nobody listens on now.
+
+    Below those that the system gives away: until the process that is told it has come up, a connection or another
+    server would take one of them.
+    """
+    first_given = int(_PORT_RANGE.read_text().split()[0]) if _PORT_RANGE.exists() else 0
+    for _ in range(_PORT_TRIES if first_given > _LOWEST_PORT else 0):
+        port = random.randrange(_LOWEST_PORT, first_given)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

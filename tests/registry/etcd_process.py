@@ -9,15 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from darkroom.runtime.processes import free_port
+
 _START_DEADLINE_S = 20.0
-
-
-def free_port() -> int:
-    """A port of the loopback that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def find_program(name: str) -> str | None:

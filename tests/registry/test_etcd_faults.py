@@ -10,7 +10,8 @@ from darkroom.errors import RegistryUnavailable
 from darkroom.registry.etcd import EtcdRegistry
 from darkroom.registry.etcd_connection import EtcdConnection
 from darkroom.registry.etcd_watch import _changes
-from tests.registry.etcd_process import EtcdProcess, free_port
+from darkroom.runtime.processes import free_port
+from tests.registry.etcd_process import EtcdProcess
 from tests.registry.following import until, watching
 from tests.registry.line import Line
 

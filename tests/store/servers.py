@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from darkroom.runtime.processes import free_port
+
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 _CONFIG = """
@@ -68,12 +70,6 @@ class Nginx:
             yield
         finally:
             self.process.send_signal(signal.SIGCONT)
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
 
 
 @contextlib.contextmanager
