@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from darkroom.models.merging import MergedPairs
+from darkroom.policy.fusion import PairCosts
 from darkroom.runtime.stage_service import state_message
 from darkroom.v1 import lora_pb2, stage_pb2
 from tests.services.neighbours import MODEL, Neighbours, RunningStage, engine_held, eventually
@@ -51,12 +52,21 @@ class Beside:
         self.count += 1
 
 
+class Dear(PairCosts):
+    """LoRAs beside their base cost a second a request, whatever a busy machine measures."""
+
+    def adapter_s(self, name: str) -> float:
+        del name
+        return 1.0
+
+
 def merging_of(stage: RunningStage) -> MergedPairs:
     """What it keeps merged from now on, looked over when `merge` says so."""
     stage.replica.keep_merged(50, 1 << 30)
     pairs = stage.replica._merging
     assert pairs is not None
     pairs._due_s = math.inf
+    pairs.costs = Dear()
     return pairs
 
 
