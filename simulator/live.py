@@ -128,7 +128,8 @@ class Live:
         """What the router and the replica learn from an answer."""
         now_s, (sent, prepared) = self._cluster.clock.now_s, self._sent.pop(job.request.number)
         if prepared:
-            self._assignments.loaded(prepared, job.base_s)
+            if job.base_s:
+                self._assignments.loaded(prepared, job.base_s)
             self._assignments.call_off(prepared)
         self._assignments.answered(sent, now_s)
         self._assignments.close(sent)

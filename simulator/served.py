@@ -108,7 +108,7 @@ class Served(Live):
     def _follow(self, worker: Worker) -> None:
         """Begins with one thing that is to come, as soon as the one before is there."""
         bringing = self._bringing.get(worker.worker_id)
-        if bringing is not None and (worker.is_bringing(bringing)):
+        if bringing is not None and worker.is_bringing(bringing):
             return
         now_s = self._cluster.clock.now_s
         for order in self._plan.orders_of(f"{worker.worker_id:03}"):

@@ -33,7 +33,7 @@ class Job:
     missing_count: int = 0
     """Components it still waits for."""
     base_s: float = 0.0
-    """When its base was on the device, if that had to be loaded."""
+    """When its base was on the device, if it waited for that; else 0."""
     start_s: float = 0.0
     finish_s: float = 0.0
     held: list[Item] = field(default_factory=list)

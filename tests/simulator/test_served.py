@@ -56,6 +56,16 @@ def test_replicas_keep_what_the_plan_says_the_cluster_asks_for() -> None:
         assert dropped not in worker.shelves[DEVICE]
 
 
+def test_a_request_that_finds_its_model_brought_teaches_nothing_of_loads() -> None:
+    """It comes while the model, which nobody asked for, is moving to the device."""
+    requests = [request(0, 16.5, "a"), request(1, 40.0, "a")]
+    served = Served(CONFIG, requests, None)
+    cluster = Cluster(served, Hardware(worker_count=1, rooms=(1.0, 3.0, 9.0)), Sizes(0, spread=0.0), seed=0)
+    cluster.workers[0].prefetch("a", DEVICE)
+    cluster.replay(requests)
+    assert not served._assignments._forecast._load_s
+
+
 def test_what_services_know_of_each_other_is_enough() -> None:
     requests = compressed(generate(600, seed=3), 8.0)
     found = {
