@@ -2,7 +2,7 @@
 
 import gc
 
-gc.disable()  # until `StageProcess` serves: imports make half a million objects, and no garbage
+gc.disable()  # until `StageProcess` serves: imports make half a million objects, and hardly any garbage
 
 import asyncio
 from functools import partial
