@@ -88,6 +88,8 @@ class Worker:
         self._loads: dict[str, _Load] = {}
         self._coming: set[str] = set()
         self._without_room: deque[_Load] = deque()
+        self._waiting_for_lora: dict[str, list[Job]] = {}
+        """Requests by the LoRA that is on its way to them."""
         self._attached: dict[str, tuple[LoraUse, ...]] = {}
         self._turns: deque[Job] = deque()
         self._has_turn: Job | None = None
@@ -168,12 +170,12 @@ class Worker:
         if self._has_turn or not self._turns:
             return
         job = self._has_turn = self._turns.popleft()
-        if job.request.base in self.shelves[DEVICE]:
+        if self._is_on_device(job.request.base):
             self._use(job, job.request.base)
             self._attach_in_turn(job)
         else:
             job.missing_count = 1
-            self._load(job.request.base).jobs.append(job)
+            self._wait_for_base(job)
 
     def _attach_in_turn(self, job: Job) -> None:
         request = job.request
@@ -200,25 +202,42 @@ class Worker:
     # Beside each other: loads begin as requests come, and who has all that it needs runs.
 
     def _prepare(self, job: Job) -> None:
-        request, device = job.request, self.shelves[DEVICE]
+        request = job.request
         job.missing_count = 1 + len(request.loras)
-        if request.base in device and not self._without_room:
+        if self._is_on_device(request.base) and not self._without_room:
             self._use(job, request.base)
             self._arrived(job)
         else:
-            (self._loads.get(request.base) or self._load(request.base)).jobs.append(job)
+            self._wait_for_base(job)
         for lora in request.loras:
-            self._fetch_lora(job, lora)
+            self._want_lora(job, lora.lora_id)
 
-    def _fetch_lora(self, job: Job, lora: LoraUse) -> None:
-        size, now_s = self._sizes.lora, self._clock.now_s
-        tier = self.tier_of(lora.lora_id)
-        seconds = self.lora_s(tier)
+    def _want_lora(self, job: Job, name: str) -> None:
+        tier = self.tier_of(name)
+        if name in self._waiting_for_lora:
+            self._waiting_for_lora[name].append(job)
+        elif tier == DEVICE:
+            self._arrived(job)
+        else:
+            self._waiting_for_lora[name] = [job]
+            if tier == REMOTE:
+                self._move(self.network, self._sizes.lora, lambda: self._read_lora(name))
+            elif tier == DISK:
+                self._read_lora(name)
+            else:
+                self._attach(name)
+
+    def _read_lora(self, name: str) -> None:
+        self._move(self.disk, self._sizes.lora, lambda: self._attach(name))
+
+    def _attach(self, name: str) -> None:
+        self._clock.after(self._loader.attach_s, lambda: self._lora_came(name))
+
+    def _lora_came(self, name: str) -> None:
         for shelf in self.shelves:
-            shelf.put(lora.lora_id, size, now_s)
-        if tier == REMOTE and self.network:
-            self.network.moved += size
-        self._clock.after(seconds, lambda: self._arrived(job))
+            shelf.put(name, self._sizes.lora, self._clock.now_s)
+        for job in self._waiting_for_lora.pop(name):
+            self._arrived(job)
 
     def _arrived(self, job: Job) -> None:
         job.missing_count -= 1
@@ -226,6 +245,14 @@ class Worker:
             self.device.add(job)
 
     # Loads.
+
+    def _is_on_device(self, name: str) -> bool:
+        """All of it: its place is taken before it has come over the bus."""
+        return name in self.shelves[DEVICE] and name not in self._loads
+
+    def _wait_for_base(self, job: Job) -> None:
+        base = job.request.base
+        (self._loads.get(base) or self._load(base)).jobs.append(job)
 
     def _load(self, name: str) -> _Load:
         load = self._loads[name] = _Load(name, self._sizes.base(name), self._clock.now_s)

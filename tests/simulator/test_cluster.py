@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from darkroom.cli import app
 from simulator.baselines import Baseline, by_recency, least_loaded, locality
 from simulator.cluster import Cluster, Hardware
-from simulator.costs import FREE, PRODUCTION, Sizes
+from simulator.costs import DIRECT, FREE, PRODUCTION, Sizes
 from simulator.generator import generate
 from simulator.ours import Darkroom, DarkroomConfig
 from simulator.report import measure, series, spread
@@ -62,6 +62,26 @@ def test_darkroom_loads_beside_the_accelerator_and_each_component_once() -> None
     assert jobs[0].start_s == pytest.approx(16.1 + 1.5)
     assert jobs[2].start_s == pytest.approx(30.5 + 16.1 + 1.5)  # fetched while `a` ran
     assert cluster.workers[0].load_counts == [0, 0, 0, 2]
+
+
+def test_whoever_comes_while_its_model_moves_to_the_device_waits_for_it() -> None:
+    requests = [ask(0, 0, "a"), ask(1, 17, "a")]
+    jobs = run(Darkroom(DarkroomConfig(plan_every_s=0.0, max_images=8), requests), requests)
+    assert [job.start_s for job in jobs] == pytest.approx([17.6, 17.6])
+
+
+def test_loras_share_the_network_and_each_is_fetched_once() -> None:
+    sizes = Sizes(0, spread=0.0, lora=1.0)
+    requests = [ask(0, 0, "a"), ask(1, 100, "a", "ink"), ask(2, 100, "a", "ink"), ask(3, 100, "a", "oil")]
+    loader = replace(DIRECT, network_s=10.0, disk_s=2.0, attach_s=0.5)
+    service = Darkroom(DarkroomConfig(loader=loader, plan_every_s=0.0, max_images=8), requests)
+    cluster = Cluster(service, Hardware(worker_count=1), sizes, seed=0)
+    jobs = {job.request.number: job for job in cluster.replay(requests)}
+    both_fetched_s, both_read_s = 100 + 2 * 10.0, 2 * 2.0
+    assert [jobs[number].start_s for number in (1, 2, 3)] == pytest.approx([both_fetched_s + both_read_s + 0.5] * 3)
+    network = cluster.workers[0].network
+    assert network is not None
+    assert network.moved == pytest.approx(3.0)  # the base and two LoRAs
 
 
 def test_a_model_that_was_pushed_out_comes_back_from_the_host() -> None:

@@ -1,5 +1,7 @@
 """Darkroom with what its services know of each other: plans with orders that wait, rates that replicas are told."""
 
+import pytest
+
 from darkroom.policy.cacheplan import CachePlan, Outlook, StageOutlook
 from darkroom.policy.planning import Planned
 from darkroom.policy.popularity import Band
@@ -56,14 +58,15 @@ def test_replicas_keep_what_the_plan_says_the_cluster_asks_for() -> None:
         assert dropped not in worker.shelves[DEVICE]
 
 
-def test_a_request_that_finds_its_model_brought_teaches_nothing_of_loads() -> None:
-    """It comes while the model, which nobody asked for, is moving to the device."""
+def test_a_request_that_finds_its_model_on_its_way_waits_for_the_rest_and_takes_that_for_the_load() -> None:
+    """It comes half a second before the model, which nobody asked for, has moved to the device."""
     requests = [request(0, 16.5, "a"), request(1, 40.0, "a")]
     served = Served(CONFIG, requests, None)
     cluster = Cluster(served, Hardware(worker_count=1, rooms=(1.0, 3.0, 9.0)), Sizes(0, spread=0.0), seed=0)
     cluster.workers[0].prefetch("a", DEVICE)
-    cluster.replay(requests)
-    assert not served._assignments._forecast._load_s
+    jobs = {job.request.number: job for job in cluster.replay(requests)}
+    assert [jobs[number].start_s for number in (0, 1)] == pytest.approx([17.0, 40.0])
+    assert list(served._assignments._forecast._load_s.values()) == pytest.approx([0.5])
 
 
 def test_what_services_know_of_each_other_is_enough() -> None:
