@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,7 +17,8 @@ import grpc
 
 from darkroom.policy.fusion import MOST_PAIRS
 from darkroom.runtime.channels import Channels
-from darkroom.runtime.processes import Child, Supervisor, etcd_program, free_port
+from darkroom.runtime.forking import Zygote
+from darkroom.runtime.processes import Child, Launch, Supervisor, etcd_program, execute, free_port
 from darkroom.store.evicting import EvictionKind
 from darkroom.store.opening import absolute, check_store
 from darkroom.v1 import cachemgr_pb2, cachemgr_pb2_grpc, stage_pb2
@@ -147,6 +149,12 @@ class LocalCluster:
         self._folder = tempfile.TemporaryDirectory(prefix="darkroom-")
         self.log_folder = config.log_folder or Path(self._folder.name) / "logs"
         self._supervisor = Supervisor(on_death)
+        threads = str(config.threads)
+        self._zygote = Zygote(
+            [f"services.{stage}" for stage in self._counts()],
+            self.log_folder / "zygote.log",
+            {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
+        )
         self.addresses = Addresses(
             router=f"127.0.0.1:{config.router_port or free_port()}",
             cachemgr=f"127.0.0.1:{free_port()}",
@@ -174,6 +182,7 @@ class LocalCluster:
     async def stop(self) -> None:
         """Ends every process and removes the cluster's folder."""
         await asyncio.shield(self._supervisor.stop())
+        await asyncio.shield(self._zygote.stop())
         self._folder.cleanup()
 
     def child(self, name: str) -> Child:
@@ -226,14 +235,19 @@ class LocalCluster:
             f"local={peer}",
             "--unsafe-no-fsync",
         ]
-        return Child("etcd", command, self.log_folder / "etcd.log")
+        log = self.log_folder / "etcd.log"
+        return Child("etcd", log, partial(execute, command, log))
 
     async def _add_service(self, name: str, service: str, flags: list[str]) -> None:
         reflection = ["--reflection", "true"] if self._config.reflection else []
-        command = [sys.executable, "-m", f"services.{service}", "--etcd", self.addresses.etcd, *flags, *reflection]
-        threads = str(self._config.threads)
-        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
-        await self._supervisor.add(Child(name, command, self.log_folder / f"{name}.log", environment))
+        module, arguments = f"services.{service}", ["--etcd", self.addresses.etcd, *flags, *reflection]
+        log = self.log_folder / f"{name}.log"
+        launch: Launch
+        if service in self._counts():
+            launch = partial(self._zygote.fork, name, module, arguments, log)
+        else:
+            launch = partial(execute, [sys.executable, "-m", module, *arguments], log)
+        await self._supervisor.add(Child(name, log, launch))
 
     async def _wait_until_ready(self) -> None:
         """Until the cache manager lists every stage replica, and the router answers."""

@@ -8,10 +8,11 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from types import MappingProxyType
+from typing import BinaryIO, Protocol
 
 _STOP_GRACE_S = 10.0
 _MAX_BACKOFF_S = 5.0
@@ -24,15 +25,42 @@ class ChildFailed(Exception):
     """A child process ended during the start. The message holds the end of its log."""
 
 
+class Process(Protocol):
+    """A process, as asyncio has them."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended: its exit status, or the number of the signal that killed it, negative. None while it runs."""
+
+    async def wait(self) -> int:
+        """Until it ends; returns how."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Only while it runs."""
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+
+    def kill(self) -> None:
+        """Sends SIGKILL."""
+
+
+Launch = Callable[[], Awaitable[Process]]
+
+
 @dataclass(slots=True)
 class Child:
     """A process to keep running."""
 
     name: str
-    command: Sequence[str]
     log: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
-    process: asyncio.subprocess.Process | None = None
+    launch: Launch
+    """Starts it. Its output goes to the log."""
+    process: Process | None = None
     start_count: int = 0
 
     @property
@@ -41,32 +69,48 @@ class Child:
         return self.process.pid if self.process and self.process.returncode is None else None
 
     async def start(self) -> None:
-        """Starts the process; its output goes to the log, or nowhere if that cannot be opened."""
-        with _opened(self.log) as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(_LEASH), str(os.getpid())),
-                *self.command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, **self.environment},
-                start_new_session=True,
-            )
+        """Starts the process."""
+        self.process = await self.launch()
         self.start_count += 1
 
-    def tail(self, lines: int = 12) -> str:
+    def tail(self) -> str:
         """The end of the log."""
-        if not self.log.is_file():
-            return "nothing: it could not be opened"
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return tail(self.log)
 
 
-def _opened(log: Path) -> BinaryIO:
+async def execute(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] = MappingProxyType({}), *, is_piped: bool = False
+) -> asyncio.subprocess.Process:
+    """Runs a program, which gets SIGTERM when this process dies. What it prints goes to the log.
+
+    `is_piped`: only what it prints as errors does; its input and output are pipes.
+    """
+    with opened(log) as output:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(_LEASH), str(os.getpid())),
+            *command,
+            stdin=asyncio.subprocess.PIPE if is_piped else asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE if is_piped else output,
+            stderr=output,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+
+
+def opened(log: Path) -> BinaryIO:
+    """A log to add to, or where nobody reads it."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         return log.open("ab")
     except OSError:  # its disk is full: what was logged to it is worth less than what logs
         return Path(os.devnull).open("ab")
+
+
+def tail(log: Path, lines: int = 12) -> str:
+    """The end of a log."""
+    if not log.is_file():
+        return "nothing: it could not be opened"
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 class Supervisor:

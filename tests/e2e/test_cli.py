@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -19,6 +20,8 @@ from darkroom.registry import keys
 from darkroom.registry.etcd import EtcdRegistry
 from tests.shipped import MODELS
 
+_PROCESSES_OF_UP = 7
+"""etcd, cache manager, router, zygote, and one of each stage."""
 DARKROOM = str(Path(sys.executable).parent / "darkroom")
 
 
@@ -232,11 +235,11 @@ def test_ctrl_c_stops_everything_that_up_started(environment: dict[str, str], tm
     ) as process:
         assert process.stdout is not None
         assert "Darkroom is up" in process.stdout.readline()
-        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 0
-    assert len(children) >= 6
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert len(children) == _PROCESSES_OF_UP
+    assert not psutil.wait_procs(children, timeout=2)[1]
     assert not (tmp_path / "darkroom" / "cluster.json").exists()
 
 
@@ -251,12 +254,10 @@ def test_kill_9_of_up_leaves_no_process_behind(environment: dict[str, str], tmp_
     ) as process:
         assert process.stdout is not None
         assert "Darkroom is up" in process.stdout.readline()
-        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-    deadline_s = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert len(children) == _PROCESSES_OF_UP
+    assert not psutil.wait_procs(children, timeout=20)[1]
     assert darkroom(own, "ps").returncode == 3
 
 
