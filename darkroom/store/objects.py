@@ -125,10 +125,15 @@ class Objects:
         path = self.path(digest)
         with contextlib.suppress(FileNotFoundError):
             self._forget(path)
-            path.replace(self._folder / "quarantine" / f"{digest}.{time.time_ns()}")
+            path.replace(self._quarantined(digest))
             _log.error("file_quarantined", digest=digest)
-        for old in sorted((self._folder / "quarantine").iterdir(), key=_used_s)[:-_MAX_QUARANTINED]:
+
+    def _quarantined(self, digest: Digest) -> Path:
+        """A name for one more file there, in place of the oldest if there are many."""
+        folder = self._folder / "quarantine"
+        for old in sorted(folder.iterdir(), key=_used_s)[: 1 - _MAX_QUARANTINED]:
             old.unlink(missing_ok=True)
+        return folder / f"{digest}.{time.time_ns()}"
 
     def free_bytes(self) -> int:
         """Of the disk."""
@@ -150,7 +155,11 @@ class Objects:
                 _log.warning("fetch_starts_again", digest=entry.digest[:12], cause=repr(problem.__cause__))
                 partial.start_again()
                 _receive(partial, fetch.blocks(Begun()))
-        except (Malformed, Torn, NoRoom, OSError):
+        except Malformed:
+            if not partial.is_empty:
+                partial.finish(self._quarantined(entry.digest))
+            raise
+        except (Torn, NoRoom, OSError):
             partial.clear()
             raise
         partial.finish(self.path(entry.digest))

@@ -76,8 +76,8 @@ class Partial:
         os.ftruncate(self._descriptor, 0)
 
     def finish(self, target: Path) -> None:
-        """The file is whole, and has this name from now on. Nobody is to write to it."""
-        os.ftruncate(self._descriptor, self._size_bytes)
+        """What has come is all there is, and has this name from now on. Nobody is to write to it."""
+        os.ftruncate(self._descriptor, self._there)
         self._path.rename(target)
         os.fchmod(self._descriptor, 0o444)
 

@@ -136,6 +136,8 @@ def test_what_is_not_as_promised_is_refused_and_others_serve(
     assert not (store.root / "one" / "unet" / WEIGHTS).exists()
     assert _objects(tmp_path, "partial") == []
     assert change == "gone" or web.fetch_count(f"one/unet/{WEIGHTS}") == 1  # not again and again
+    kept = [file.read_bytes() for file in _objects(tmp_path, "quarantine")]
+    assert kept == ([bad.read_bytes()] if change in ("corrupt", "truncated", "swapped") else [])
     store.fetch("two", _all)
     assert _same(store, files, "two")
 
