@@ -66,6 +66,7 @@ def up(  # noqa: PLR0917 - a command's options
     encoders: Annotated[int, typer.Option(min=1)] = 1,
     denoisers: Annotated[int, typer.Option(min=1)] = 2,
     vaes: Annotated[int, typer.Option(min=1)] = 1,
+    routers: Annotated[int, typer.Option(min=1, help="Routers; each takes requests.")] = 1,
     cachemgrs: Annotated[int, typer.Option(min=1, help="Cache managers; one leads.")] = 1,
     device: Annotated[str, typer.Option(help="torch device, for example cuda:0.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="torch threads of each stage process.")] = 1,
@@ -93,6 +94,7 @@ def up(  # noqa: PLR0917 - a command's options
         encoders=encoders,
         denoisers=denoisers,
         vaes=vaes,
+        routers=routers,
         cachemgrs=cachemgrs,
         device=device,
         threads=threads,
@@ -147,7 +149,8 @@ def _banner(config: ClusterConfig, cluster: LocalCluster) -> None:
         f"[bold green]Darkroom is up[/] · {config.encoders} encoder · {config.denoisers} denoiser · {config.vaes} vae"
         f" on {config.device}"
     )
-    for name, address in (("router", where.router), ("cache manager", where.cachemgr), ("etcd", where.etcd)):
+    routers = ", ".join([where.router, *where.other_routers])
+    for name, address in (("router", routers), ("cache manager", where.cachemgr), ("etcd", where.etcd)):
         _out.print(f"  {name:14} {address}")
     _out.print(f"  {'logs':14} {cluster.log_folder}", soft_wrap=True)
     _out.print(

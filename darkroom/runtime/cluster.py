@@ -36,6 +36,8 @@ class ClusterConfig:
     """Denoiser replicas. On a CPU two of one thread each beat one of two threads."""
     vaes: int = 1
     """VAE replicas."""
+    routers: int = 1
+    """Routers. Each takes requests; they share nothing but the registry."""
     cachemgrs: int = 1
     """Cache managers. One leads; the others take over when it dies."""
     device: str = "cpu"
@@ -65,7 +67,7 @@ class ClusterConfig:
     default_model: str = "shapes"
     """The model of requests that name none."""
     router_port: int = 0
-    """Port of the router on 127.0.0.1; 0 takes a free one."""
+    """Port of the first router on 127.0.0.1; 0 takes a free one, as the others do."""
     reflection: bool = False
     """Whether the services answer gRPC reflection."""
     inline_limit_bytes: int = 1 << 20
@@ -77,7 +79,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
-        for name in ("encoders", "denoisers", "vaes", "cachemgrs", "threads"):
+        for name in ("encoders", "denoisers", "vaes", "routers", "cachemgrs", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("store_cache_bytes", "host_cache_bytes", "pool_bytes", "device_budget_bytes"):
@@ -133,6 +135,7 @@ class Addresses:
     """Where a running cluster is reached, and the process that owns it."""
 
     router: str
+    other_routers: list[str]
     cachemgr: str
     etcd: str
     owner_pid: int
@@ -157,6 +160,7 @@ class LocalCluster:
         )
         self.addresses = Addresses(
             router=f"127.0.0.1:{config.router_port or free_port()}",
+            other_routers=[f"127.0.0.1:{free_port()}" for _ in range(1, config.routers)],
             cachemgr=f"127.0.0.1:{free_port()}",
             etcd=f"127.0.0.1:{free_port()}",
             owner_pid=os.getpid(),
@@ -202,9 +206,9 @@ class LocalCluster:
         await self._add_service("cachemgr", "cachemgr", ["--address", self.addresses.cachemgr, *cachemgr])
         for number in range(2, config.cachemgrs + 1):
             await self._add_service(f"cachemgr-{number}", "cachemgr", ["--address", "127.0.0.1:0", *cachemgr])
-        await self._add_service(
-            "router", "router", ["--address", self.addresses.router, "--default-model", config.default_model]
-        )
+        for number, address in enumerate([self.addresses.router, *self.addresses.other_routers], 1):
+            name = f"router-{number}" if number > 1 else "router"
+            await self._add_service(name, "router", ["--address", address, "--default-model", config.default_model])
         for service, count in self._counts().items():
             for number in range(1, count + 1):
                 await self._add_service(f"{service}-{number}", service, flags[service])
@@ -250,14 +254,15 @@ class LocalCluster:
         await self._supervisor.add(Child(name, log, launch))
 
     async def _wait_until_ready(self) -> None:
-        """Until the cache manager lists every stage replica, and the router answers."""
+        """Until the cache manager lists every stage replica, and the routers answer."""
         channels = Channels()
         try:
             stub = cachemgr_pb2_grpc.CacheManagerServiceStub(channels.to(self.addresses.cachemgr))
             while not await self._is_complete(stub):
                 self._supervisor.check()
                 await asyncio.sleep(_POLL_S)
-            await channels.to(self.addresses.router).channel_ready()
+            for router in (self.addresses.router, *self.addresses.other_routers):
+                await channels.to(router).channel_ready()
         finally:
             await channels.close()
 
