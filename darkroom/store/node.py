@@ -73,6 +73,8 @@ class NodeStore:
         self._limit_bytes, self._refresh_s, self._clock = limit_bytes, refresh_s, clock
         self._lock, self._reader = threading.Lock(), ThreadPoolExecutor(1, thread_name_prefix="index")
         self._reading: Future[None] | None = None
+        self._began_s = -float("inf")
+        """When that began."""
         self._index: Index | None = None
         self._read_s = -float("inf")
         self._manifests: dict[Digest, Manifest] = {}
@@ -286,16 +288,19 @@ class NodeStore:
                     file.unlink(missing_ok=True)
 
     def _current_index(self) -> Index:
-        """The index, read anew when it is due; all who want it share one read, and wait for it only so long."""
+        """The index, read anew when it is due; all who want it share one read, and one wait where there is an older."""
         with self._lock:
             if self._clock() - self._read_s >= self._refresh_s and (self._reading is None or self._reading.done()):
                 self._reading = self._reader.submit(self._refresh)
+                self._began_s = self._clock()
             reading, known = self._reading, self._index
+            left_s = max(self._began_s + _PATIENCE_S - self._clock(), 0.0)
         if reading is not None:
             try:
-                reading.result(timeout=None if known is None else _PATIENCE_S)
+                reading.result(timeout=None if known is None else left_s)
             except TimeoutError:
-                _log.warning("store_index_is_slow")
+                if left_s:
+                    _log.warning("store_index_is_slow")
         assert self._index is not None
         return self._index
 

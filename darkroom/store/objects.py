@@ -129,11 +129,12 @@ class Objects:
             _log.error("file_quarantined", digest=digest)
 
     def _quarantined(self, digest: Digest) -> Path:
-        """A name for one more file there, in place of the oldest if there are many."""
+        """A name for the file there. If there are many, the oldest goes."""
         folder = self._folder / "quarantine"
-        for old in sorted(folder.iterdir(), key=_used_s)[: 1 - _MAX_QUARANTINED]:
+        others = [path for path in folder.iterdir() if path.name != digest]
+        for old in sorted(others, key=_used_s)[: 1 - _MAX_QUARANTINED]:
             old.unlink(missing_ok=True)
-        return folder / f"{digest}.{time.time_ns()}"
+        return folder / digest
 
     def free_bytes(self) -> int:
         """Of the disk."""

@@ -64,6 +64,14 @@ class Placing:
         self._suspect_until_s = {other: until_s for other, until_s in self._suspect_until_s.items() if until_s > now_s}
         self._suspect_until_s[replica_id] = now_s + _SUSPECT_S
 
+    def fetching_beside(self, member: Member, node: Node) -> list[str]:
+        """The stage's replicas on the same machine that would have to fetch the node's model from the store, too."""
+        return [
+            other.replica_id
+            for other in self.view.members(node.stage)
+            if other.machine == member.machine and self.said(other, node).tier is Tier.REMOTE
+        ]
+
     def _candidate(self, member: Member, wanted: Wanted, *, is_ahead: bool) -> Candidate:
         now_s = asyncio.get_running_loop().time()
         is_suspect = self._suspect_until_s.get(member.replica_id, 0.0) > now_s

@@ -169,7 +169,9 @@ class GraphRunner:
             replica=member.replica_id,
             reason=error.reason(),
         )
-        if isinstance(error, Unavailable) and not isinstance(error, StoreUnavailable):
+        if isinstance(error, StoreUnavailable):  # its neighbours would wait for the same store in vain
+            attempts.tried += self._placing.fetching_beside(member, node)
+        elif isinstance(error, Unavailable):
             self._placing.suspect(member.replica_id)
         return error
 

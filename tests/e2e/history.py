@@ -140,8 +140,7 @@ class Load:
         assert not failures
         for entry in self.history:
             assert len(entry.digests) == 1, entry
-            for attempt in _attempts(entry.steps):
-                assert attempt == sorted(set(attempt)), entry
+            assert all(attempt == sorted(set(attempt)) for attempt in _attempts(entry.steps)), entry
             assert entry.digests[0] == self._before[entry.key], entry
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from darkroom.errors import StoreUnavailable
 from darkroom.registry.catalogue import ComponentEntry, publish_catalogue
 from darkroom.registry.membership import ClusterView, Registration
 from darkroom.registry.memory import MemoryRegistry
@@ -33,16 +34,21 @@ class Called:
     """Stages that answer as soon as they may, which is at once unless told otherwise."""
 
     def __init__(self) -> None:
+        self.by_address: dict[str, str] = {}
         self.names: list[str] = []
         self.may_answer = asyncio.Event()
         self.may_answer.set()
+        self.without_store: set[str] = set()
+        """Those that cannot fetch anything."""
 
     async def call(
         self, address: str, node: Node, inputs: Mapping[str, Value], settings: CallSettings, attempts: Attempts
     ) -> Answer:
-        del node, inputs, settings, attempts
-        self.names.append(address.partition(":")[0])
+        del inputs, settings, attempts
+        self.names.append(self.by_address[address])
         await self.may_answer.wait()
+        if self.names[-1] in self.without_store:
+            raise StoreUnavailable(node.work.model_id, "it does not answer")
         return Answer(Embedding({}), 1.0)
 
     async def prepare(self, address: str, node: Node, settings: CallSettings) -> Preparation:
@@ -77,9 +83,13 @@ class Encoders:
         await publish_catalogue(self._registry, [replace(make_entry(name), components=parts) for name in model_ids])
         await eventually(lambda: len(self._view.models()) == len(model_ids))
 
-    async def start(self, name: str, has: Mapping[str, Residence], rooms: Rooms | None = FETCHES) -> None:
-        """A replica that has models somewhere."""
-        member = Member(replica_id=name, stage="encoder", address=f"{name}:1", rooms=rooms)
+    async def start(
+        self, name: str, has: Mapping[str, Residence], rooms: Rooms | None = FETCHES, machine: str = ""
+    ) -> None:
+        """A replica that has models somewhere, on a machine of its own unless told otherwise."""
+        address = f"{machine or name}:{len(self._registrations) + 1}"
+        member = Member(replica_id=name, stage="encoder", address=address, rooms=rooms)
+        self.called.by_address[address] = name
         self._registrations[name] = Registration(self._registry, member)
         self._start(self._registrations[name].run())
         await eventually(lambda: member in self._view.members())
@@ -120,6 +130,21 @@ async def test_a_replica_with_the_model_on_its_disk_comes_before_one_that_must_f
     await encoders.start("a", {})
     await encoders.start("b", {"sd": ON_DISK})
     assert await encoders.ask("sd") == "b"
+
+
+async def test_after_one_that_could_not_fetch_a_model_another_machine_is_asked(
+    encoders: Encoders,
+) -> None:
+    for name, machine in (("a", "one"), ("b", "one"), ("c", "two"), ("d", "two")):
+        await encoders.start(name, {}, machine=machine)
+    encoders.called.without_store = {"a", "b", "c", "d"}
+    with pytest.raises(StoreUnavailable):
+        await encoders.ask("sd")
+    assert [name in ("a", "b") for name in encoders.called.names] == [True, False], "each machine's store is asked once"
+    encoders.called.names.clear()
+    encoders.called.without_store = {"a", "b"}
+    assert await encoders.ask("sd") in {"c", "d"}
+    assert len(encoders.called.names) <= 2
 
 
 async def test_a_replica_with_the_whole_store_on_its_disk_has_every_model_there(encoders: Encoders) -> None:

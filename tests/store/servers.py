@@ -39,6 +39,7 @@ class Nginx:
 
     url: str
     access_log: Path
+    command: list[str]
     process: "subprocess.Popen[bytes]"
 
     @property
@@ -63,6 +64,16 @@ class Nginx:
         self.process.wait()
 
     @contextlib.contextmanager
+    def down(self) -> Iterator[None]:
+        """The server is gone inside, and started again after."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.process = subprocess.Popen(self.command)
+            _wait_for(self.port)
+
+    @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
         """The server hangs: it takes connections and answers nothing."""
         self.process.send_signal(signal.SIGSTOP)
@@ -80,17 +91,14 @@ def nginx(root: Path, folder: Path, *, inside: str = "", more: str = "", port: i
     port = port or free_port()
     config = folder / "nginx.conf"
     config.write_text(_CONFIG.format(folder=folder, root=root, port=port, inside=inside, more=more))
-    process = subprocess.Popen(
-        [NGINX, "-c", str(config), "-p", str(folder), "-g", "user root;"]
-        if os.getuid() == 0
-        else [NGINX, "-c", str(config), "-p", str(folder)]
-    )
+    command = [NGINX, "-c", str(config), "-p", str(folder), *(["-g", "user root;"] if os.getuid() == 0 else [])]
+    server = Nginx(f"http://127.0.0.1:{port}", folder / "access.log", command, subprocess.Popen(command))
     try:
         _wait_for(port)
-        yield Nginx(f"http://127.0.0.1:{port}", folder / "access.log", process)
+        yield server
     finally:
-        process.kill()
-        process.wait()
+        server.process.kill()
+        server.process.wait()
 
 
 class Cutting:

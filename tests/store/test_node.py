@@ -199,6 +199,15 @@ def test_a_store_that_hangs_costs_a_bounded_wait(web: Nginx, tmp_path: Path, mon
         assert time.monotonic() - start_s < 5
 
 
+def test_a_store_that_hangs_is_waited_for_once_where_an_older_index_is_known(web: Nginx, tmp_path: Path) -> None:
+    store = NodeStore(web.url, tmp_path / "cache", limit_bytes=1 << 30, refresh_s=0.0)
+    known = store.entries()
+    with web.stopped():
+        start_s = time.monotonic()
+        assert [store.entries() for _ in range(4)] == [known] * 4
+        assert time.monotonic() - start_s < 2
+
+
 def test_a_store_that_drips_is_given_up(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("darkroom.store.remote._READ_TIMEOUT_S", 3.0)
     monkeypatch.setattr("darkroom.store.remote._CONNECT_TIMEOUT_S", 0.0)

@@ -18,7 +18,7 @@ from darkroom.models.store.pool import HostPool
 from darkroom.policy.pinning import size_classes
 from darkroom.store.evicting import Eviction
 from darkroom.store.folder import Folder
-from darkroom.store.header import TensorFile, read_header
+from darkroom.store.header import Malformed, TensorFile, read_header
 from darkroom.store.manifest import Digest
 from darkroom.store.source import Afar, Source, Wanted, is_small
 
@@ -69,25 +69,14 @@ class ModelStore:
 
         Raises Corrupt, OSError, or what fetching raises.
         """
-        for attempt in range(1, _ATTEMPTS + 1):
-            found = self._source.locate(path)
-            try:
-                if isinstance(found, Afar):
-                    return self._host.read_afar(found, self._entry_of(path))
-                return self._host.read(path, self._source.expected(path), self._entry_of(path))
-            except FileNotFoundError:  # dropped just now, to make room
-                if attempt == _ATTEMPTS:
-                    raise
-            except Corrupt as problem:
-                _log.error("file_corrupt", folder=path.parent.name, file=path.name, problem=str(problem))
-                is_mended = self._source.refuse(found, str(problem)) and attempt < _ATTEMPTS
-                if not (is_mended and self._fetch_again(path)):
-                    raise
-        raise AssertionError
+        return self._mended(path, lambda found: self._read(path, found))
 
     def header(self, path: Path) -> TensorFile:
-        """A weights file's header. Raises Malformed, OSError, or StoreUnavailable."""
-        return self._located(path, self._header_of)
+        """A weights file's header; fetched once more if it has none.
+
+        Raises Malformed, OSError, or what fetching raises.
+        """
+        return self._mended(path, self._header_of)
 
     def size_bytes(self, path: Path) -> int:
         """A weights file's size. Raises OSError."""
@@ -136,6 +125,27 @@ class ModelStore:
             problem = "it has another digest than its manifest names"
             self._source.refuse(path, problem)
             raise Corrupt(problem)
+
+    def _mended(self, path: Path, use: Callable[[Path | Afar], T]) -> T:
+        """What comes of using the file where it is, or of using it once it was fetched again. Raises what these do."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            found = self._source.locate(path)
+            try:
+                return use(found)
+            except FileNotFoundError:  # dropped just now, to make room
+                if attempt == _ATTEMPTS:
+                    raise
+            except (Corrupt, Malformed) as problem:
+                _log.error("file_corrupt", folder=path.parent.name, file=path.name, problem=str(problem))
+                is_mended = self._source.refuse(found, str(problem)) and attempt < _ATTEMPTS
+                if not (is_mended and self._fetch_again(path)):
+                    raise
+        raise AssertionError
+
+    def _read(self, path: Path, found: Path | Afar) -> HostFile:
+        if isinstance(found, Afar):
+            return self._host.read_afar(found, self._entry_of(path))
+        return self._host.read(path, self._source.expected(path), self._entry_of(path))
 
     def _located(self, path: Path, use: Callable[[Path | Afar], T]) -> T:
         """What comes of using the file where it is. Raises what `use` does."""

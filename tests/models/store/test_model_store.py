@@ -96,6 +96,17 @@ def test_a_file_damaged_on_the_node_is_quarantined_and_fetched_once_more(files: 
     assert len(list((tmp_path / "cache" / "quarantine").iterdir())) == 1
 
 
+def test_a_file_whose_header_is_damaged_on_the_node_is_fetched_once_more(files: Path, tmp_path: Path) -> None:
+    store = _open(files, tmp_path)
+    store.fetch_weights("tiny-sd", "unet")
+    path = store.root / "tiny-sd" / _UNET
+    before = store.header(path)
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:100])
+    assert store.header(path) == before
+    assert [file.stat().st_size for file in (tmp_path / "cache" / "quarantine").iterdir()] == [100]
+
+
 def test_a_model_with_weights_that_are_no_numbers_is_refused(files: Path, tmp_path: Path) -> None:
     path = files / "other" / _UNET
     tensors = load_file(path)
