@@ -49,6 +49,10 @@ class Folder:
         """Those that lie there."""
         return weights_in(folder)
 
+    def adapter_weights(self, entry_id: str) -> list[Path]:
+        """Those that lie there."""
+        return weights_in(self._root / entry_id)
+
     def locate(self, path: Path) -> Path:
         """The path."""
         return path

@@ -130,6 +130,11 @@ class NodeStore:
         ]
         return sorted({*readable, *weights_in(folder)})
 
+    def adapter_weights(self, entry_id: str) -> list[Path]:
+        """By the entry's manifest."""
+        files = self.manifest(entry_id).files
+        return [self._root / entry_id / path for path in files if "/" not in path and is_weights(path)]
+
     def locate(self, path: Path) -> Path | Afar:
         """Afar is what the manifest names and was not kept, or is no longer: it was dropped to make room."""
         entry = None if path.is_file() else self.expected(path)

@@ -48,6 +48,12 @@ class Source(Protocol):
     def weights(self, folder: Path) -> list[Path]:
         """The weights files in a folder below `root`, by name: those that lie there, and those that `fetch` was for."""
 
+    def adapter_weights(self, entry_id: str) -> list[Path]:
+        """The weights files of an entry that lie in none of its folders, whether they are here or not.
+
+        Raises ModelNotFound, UnusableModel or StoreUnavailable.
+        """
+
     def locate(self, path: Path) -> Path | Afar:
         """Where to read a weights file: the path if it lies there, or if nobody knows of it."""
 

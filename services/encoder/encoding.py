@@ -1,14 +1,15 @@
 """Prompts to embeddings: from the cache, from an equal request in flight, or from the text encoders."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from darkroom.models import programs
+from darkroom.models.lora_file import TextChanges
 from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw
-from darkroom.wire.tasks import EncodeTask
+from darkroom.wire.tasks import EncodeTask, LoraUse
 from services.encoder.cache import CacheKey, EmbeddingCache, Embeddings
 
 
@@ -26,12 +27,14 @@ class Encoding:
     def __init__(self, replica: StageReplica, cache: EmbeddingCache) -> None:
         """Runs text encoders on `replica`."""
         self._replica, self._cache = replica, cache
+        self._text_changes = TextChanges(replica.store)
         self._in_flight: dict[CacheKey, asyncio.Task[Embeddings]] = {}
         self._callers: dict[CacheKey, int] = {}
 
     async def encode(self, task: EncodeTask) -> Encoded:
         """The prompt's embeddings. Raises QueueFull, ModelNotFound, UnusableModel, LoraNotFound or UnusableLora."""
         async with self._replica.accepted():
+            task = replace(task, loras=await self._of_text(task.loras))
             key = CacheKey(
                 task.model_id, task.prompt, task.negative_prompt, task.guided, task.deterministic, task.loras
             )
@@ -40,6 +43,16 @@ class Encoding:
                 return Encoded(kept, cached=True)
             joined = key in self._in_flight
             return Encoded(await self._join(key, task), cached=joined)
+
+    async def _of_text(self, loras: tuple[LoraUse, ...]) -> tuple[LoraUse, ...]:
+        """None where none of them changes the encoding: it need not wait for their weights, and is what others have.
+
+        Else all of them, as errors name them by their positions.
+        """
+        for use in loras:
+            if await asyncio.to_thread(self._text_changes.may_change, use.lora_id):
+                return loras
+        return ()
 
     async def _join(self, key: CacheKey, task: EncodeTask) -> Embeddings:
         """Waits for the one encoding of this key; the last caller to leave ends it."""

@@ -60,6 +60,10 @@ class ModelStore:
         self._source.fetch(entry_id, lambda path: "/" not in path)
         return self.root / entry_id
 
+    def adapter_weights(self, entry_id: str) -> list[Path]:
+        """Its weights files, fetched or not. Raises ModelNotFound, UnusableModel or StoreUnavailable."""
+        return self._source.adapter_weights(entry_id)
+
     def weights(self, folder: Path) -> list[Path]:
         """The weights files in a folder of the store that can be read, by name, whether they lie there or not."""
         return self._source.weights(folder)
