@@ -153,11 +153,9 @@ class LocalCluster:
         self.log_folder = config.log_folder or Path(self._folder.name) / "logs"
         self._supervisor = Supervisor(on_death)
         threads = str(config.threads)
-        self._zygote = Zygote(
-            [f"services.{stage}" for stage in self._counts()],
-            self.log_folder / "zygote.log",
-            {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"},
-        )
+        self._environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        stages = [f"services.{stage}" for stage in self._counts()]
+        self._zygote = Zygote(stages, self.log_folder / "zygote.log", self._environment)
         self.addresses = Addresses(
             router=f"127.0.0.1:{config.router_port or free_port()}",
             other_routers=[f"127.0.0.1:{free_port()}" for _ in range(1, config.routers)],
@@ -247,10 +245,10 @@ class LocalCluster:
         module, arguments = f"services.{service}", ["--etcd", self.addresses.etcd, *flags, *reflection]
         log = self.log_folder / f"{name}.log"
         launch: Launch
-        if service in self._counts():
+        if service in self._counts() and self._config.device == "cpu":  # CUDA after a fork was not tried yet
             launch = partial(self._zygote.fork, name, module, arguments, log)
         else:
-            launch = partial(execute, [sys.executable, "-m", module, *arguments], log)
+            launch = partial(execute, [sys.executable, "-m", module, *arguments], log, self._environment)
         await self._supervisor.add(Child(name, log, launch))
 
     async def _wait_until_ready(self) -> None:

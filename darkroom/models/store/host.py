@@ -15,6 +15,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -188,18 +189,19 @@ class HostCache:
         start_s = time.monotonic()
         header = _header(file, size_bytes)
         block = self._pool.take(padded_bytes(size_bytes))
-        hasher, hashed = blake3.blake3(), 0
+        hasher = blake3.blake3()
 
-        def arriving() -> Iterator[int]:
-            nonlocal hashed
+        def arriving(hashing: ThreadPoolExecutor) -> Iterator[int]:
+            hashed = 0
             for there in read_file(file.fileno(), block, size_bytes):
                 if expected is not None:
-                    hasher.update(block.data[hashed:there])
+                    hashing.submit(hasher.update, block.data[hashed:there])
                 hashed = there
                 yield there
 
         try:
-            found = _checked(block, header, arriving())
+            with ThreadPoolExecutor(1, thread_name_prefix="hash") as hashing:  # beside the search for bad numbers
+                found = _checked(block, header, arriving(hashing))
         except ShortFile as error:
             raise Corrupt(str(error)) from error
         if expected is not None and hasher.hexdigest() != expected.digest:
