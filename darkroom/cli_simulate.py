@@ -55,6 +55,10 @@ def simulate(  # noqa: PLR0917 - a command's options
     ] = PRODUCTION_COMPRESSION,
     shape: Annotated[str, typer.Option(help=f"Arrivals in another shape: {', '.join(SHAPES)}.")] = "",
     requests: Annotated[int, typer.Option(min=1, help="Requests, of those made up.")] = REQUEST_COUNT,
+    store_share: Annotated[
+        float,
+        typer.Option(min=0, help="Workers that the model store can send to at full speed at once; 0: any number."),
+    ] = 0.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for every figure of every seed.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for plots; needs matplotlib.")] = None,
 ) -> None:
@@ -67,7 +71,7 @@ def simulate(  # noqa: PLR0917 - a command's options
         request_count=requests,
         compression=compression,
         shape=shape,
-        hardware=replace(Hardware(), worker_count=gpus),
+        hardware=replace(Hardware(), worker_count=gpus, store_share=store_share),
     )
     found: dict[str, list[Figures]] = {name: [] for name in names}
     shown: dict[str, tuple[Figures, Series]] = {}

@@ -120,14 +120,21 @@ class Managers:
         stub = cachemgr_pb2_grpc.CacheManagerServiceStub(channel)
         return RunningManager(manager=manager, address=address, stub=stub, tasks=tuple(tasks))
 
-    async def replica(self, replica_id: str, *held: str, room_bytes: int = ROOM) -> Registration:
-        """A stage replica whose disk has every model."""
+    async def replica(
+        self,
+        replica_id: str,
+        *held: str,
+        room_bytes: int = ROOM,
+        machine: str = "10.0.0.1",
+        disk_bytes: int | None = None,
+    ) -> Registration:
+        """A stage replica whose disk has every model, unless it has a bound."""
         member = Member(
             replica_id=replica_id,
             stage=replica_id.partition("-")[0],
-            address="10.0.0.1:7000",
+            address=f"{machine}:7000",
             device="cpu",
-            rooms=Rooms(device_bytes=room_bytes, host_bytes=0, disk_bytes=None, evicts=True),
+            rooms=Rooms(device_bytes=room_bytes, host_bytes=0, disk_bytes=disk_bytes, evicts=True),
         )
         registration = Registration(self.registry, member)
         await registration.set_residences(dict.fromkeys(held, Residence(device_bytes=8 << 30, load_s=8.0)))

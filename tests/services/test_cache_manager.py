@@ -16,6 +16,7 @@ from darkroom.registry.residence import Residence
 from darkroom.v1 import cachemgr_pb2, stage_pb2
 from darkroom.wire.status import from_rpc_error
 from darkroom.wire.usage import UsageReport
+from services.cachemgr.situation import START_S
 from tests.registry.following import until
 from tests.services.managers import Managers, RunningManager
 
@@ -101,6 +102,19 @@ async def test_a_busy_model_is_ordered_where_it_is_not(managers: Managers) -> No
     assert (site.stage, site.replica_id) == (stage_pb2.STAGE_DENOISER, "denoiser-2")
     assert site.warm_duration.ToSeconds() == 8
     assert [o.reason.startswith("saves") for o in described.plan.orders] == [True]
+
+
+async def test_a_machine_that_runs_other_stages_is_a_place_for_a_new_replica(managers: Managers) -> None:
+    await managers.replica("denoiser-1", disk_bytes=1 << 40)
+    await managers.replica("encoder-1", machine="10.0.0.2")
+    manager = await managers.manager()
+    await manager.report(1, sd=2000)
+    sites = [
+        (site.machine, site.warm_duration.ToSeconds() > START_S)
+        for site in (await manager.describe()).popularities[0].sites
+        if site.stage == stage_pb2.STAGE_DENOISER and not site.replica_id
+    ]
+    assert sites == [("10.0.0.2", True)], "its disk has every model, that of the other machine none"
 
 
 async def test_every_manager_answers_and_knows_what_the_leader_knows(managers: Managers) -> None:

@@ -1,5 +1,6 @@
 """Whole replays: by hand, by invariant, and every way to serve on the same requests."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,15 @@ def test_the_command_prints_a_table_and_writes_its_files(tmp_path: Path) -> None
     assert "scale-out, s" in done.output
     assert '"network_loads"' in written.read_text()
     assert len(list((tmp_path / "plots").glob("*.png"))) == 5
+
+
+def test_a_store_with_a_bound_makes_cold_models_wait_for_each_other() -> None:
+    means = []
+    for options in ([], ["--store-share", "0.5"]):
+        done = CliRunner().invoke(app, ["simulate", "--requests", "60", "--policy", "lru", "--gpus", "8", *options])
+        assert done.exit_code == 0, done.output
+        means.append(float(re.search(r"mean ([0-9.]+) s", done.output)[1]))  # type: ignore[index]
+    assert means[1] > 1.2 * means[0]
 
 
 def test_the_table_of_many_policies_is_wider_than_the_terminal_and_whole() -> None:
