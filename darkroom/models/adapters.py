@@ -110,7 +110,7 @@ class Adapters:
         Raises LoraNotFound, InvalidField for one that is not for this model, UnusableLora for a bad file, QueueFull or
         DeviceFull if running requests hold all the room there is.
         """
-        _check(uses)
+        check_uses(uses)
         held = [(self._hold(use.lora_id), use.scale) for use in uses]
         try:
             for position, (use, (kept, _)) in enumerate(zip(uses, held, strict=True)):
@@ -217,7 +217,7 @@ def stand_in_carrying(stand_in: torch.nn.Module, adapter: Adapter) -> torch.nn.M
     return copied
 
 
-def _check(uses: Sequence[LoraUse]) -> None:
+def check_uses(uses: Sequence[LoraUse]) -> None:
     """Raises InvalidField."""
     seen: dict[str, int] = {}
     for position, use in enumerate(uses):

@@ -11,17 +11,15 @@ from typing import Any
 
 import torch
 
-from darkroom.errors import DarkroomError, InvalidField, ModelNotFound, UnusableModel
+from darkroom.errors import InvalidField, ModelNotFound, UnusableModel
 from darkroom.models.store.host import Corrupt
 from darkroom.models.store.model_store import ModelStore
-from darkroom.store.header import Malformed
 from darkroom.wire.fields import check_model_id
 
 _MAX_SETTINGS_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,512}")
 _DENOISERS = ("unet.", "lora_unet_", "transformer.", "lora_transformer_", "diffusion_model.")
 """How names of tensors begin that change the denoiser, as diffusers, kohya's scripts and ComfyUI write them."""
-_MAX_KNOWN = 4096
 _METADATA_KEY = "lora_adapter_metadata"
 
 Tensors = dict[str, torch.Tensor]
@@ -56,27 +54,13 @@ def weights_file(store: ModelStore, lora_id: str) -> Path:
     return path
 
 
-class TextChanges:
-    """Which LoRAs may change how prompts are encoded, by the names of their tensors: only headers are read for that."""
+def changes_text(store: ModelStore, lora_id: str) -> bool:
+    """Whether the LoRA may change how prompts are encoded, by the names of its tensors: only its header is read.
 
-    def __init__(self, store: ModelStore) -> None:
-        self._store = store
-        self._known: dict[str, bool] = {}
-        """By identity of the file."""
-
-    def may_change(self, lora_id: str) -> bool:
-        """True of one that cannot be looked into: whoever reads it says what is wrong. Blocks."""
-        try:
-            (path,) = self._store.adapter_weights(check_model_id(lora_id))
-            identity = self._store.identity(path)
-            if identity not in self._known:
-                if len(self._known) >= _MAX_KNOWN:
-                    self._known.clear()
-                names = self._store.header(path).tensors
-                self._known[identity] = not all(name.startswith(_DENOISERS) for name in names)
-            return self._known[identity]
-        except (DarkroomError, Malformed, OSError, ValueError):
-            return True
+    Raises DarkroomError, Malformed, OSError, or ValueError for one that cannot be looked into.
+    """
+    (path,) = store.adapter_weights(check_model_id(lora_id))
+    return not all(name.startswith(_DENOISERS) for name in store.header(path).tensors)
 
 
 def check_base(folder: Path, model_id: str) -> None:

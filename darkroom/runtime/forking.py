@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -50,36 +51,43 @@ class ForkedProcess:
 class Zygote:
     """Starts with the first process that is asked for, and again with the next one should it die.
 
-    Invariant: whatever it forked ends with it.
+    Invariant: whatever it forked ends with it; it is killed where that has to be seen to here.
     """
 
     def __init__(self, modules: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         """`modules`: the programs that it will be asked to run. `environment`: what they get beside this process's."""
         self._modules, self._log, self._environment = modules, log, environment
-        self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._listener: asyncio.Task[None] | None = None
-        self._answer: asyncio.Future[dict[str, Any]] | None = None
+        self._starting = asyncio.Lock()
+        self._is_ready = asyncio.Event()
+        self._numbers = itertools.count()
+        self._orders: dict[int, asyncio.Future[ForkedProcess]] = {}
         self._forked: dict[int, ForkedProcess] = {}
 
     async def fork(self, name: str, module: str, arguments: Sequence[str], log: Path) -> ForkedProcess:
         """A new process that runs `python -m module arguments…`. Raises ChildFailed if there can be none."""
+        async with self._starting:
+            if self._listener is None or self._listener.done():
+                await self._start()
+        number = next(self._numbers)
         order = {
+            "number": number,
             "name": name,
             "module": module,
             "arguments": arguments,
             "environment": {**os.environ, **self._environment},
             "log": str(log),
         }
-        async with self._turn:
-            if self._listener is None or self._listener.done():
-                await self._start()
+        forked: asyncio.Future[ForkedProcess] = asyncio.get_running_loop().create_future()
+        self._orders[number] = forked
+        try:
             assert self._process
             assert self._process.stdin
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            pid = (await self._answered())["pid"]
-            forked = self._forked[pid] = ForkedProcess(pid)
-            return forked
+            return await forked
+        finally:
+            del self._orders[number]
 
     async def stop(self) -> None:
         """Ends it and whatever it forked."""
@@ -91,25 +99,45 @@ class Zygote:
 
     async def _start(self) -> None:
         command = [sys.executable, "-m", "darkroom.runtime.zygote", *self._modules]
+        self._is_ready.clear()
         self._process = await execute(command, self._log, self._environment, is_piped=True)
         self._listener = asyncio.create_task(self._listen(self._process))
-        await self._answered()  # that it has imported everything
+        ready = asyncio.create_task(self._is_ready.wait())
+        try:
+            await asyncio.wait((ready, self._listener), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+        if self._listener.done():
+            raise self._failure()
 
-    async def _answered(self) -> dict[str, Any]:
-        self._answer = asyncio.get_running_loop().create_future()
-        return await self._answer
+    def _failure(self) -> ChildFailed:
+        return ChildFailed(f"what forks others has ended; its log says:\n{tail(self._log)}")
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout
         async for line in process.stdout:
-            said = json.loads(line)
-            if "ended" in said:
-                self._forked.pop(said["ended"]).ended(said["code"])
-            elif self._answer and not self._answer.done():
-                self._answer.set_result(said)
+            self._hear(json.loads(line))
         for forked in self._forked.values():
             forked.kill()
             forked.ended(-signal.SIGKILL)
         self._forked.clear()
-        if self._answer and not self._answer.done():
-            self._answer.set_exception(ChildFailed(f"what forks others has ended; its log says:\n{tail(self._log)}"))
+        for order in self._orders.values():
+            if not order.done():
+                order.set_exception(self._failure())
+
+    def _hear(self, said: dict[str, Any]) -> None:
+        if "ready" in said:
+            self._is_ready.set()
+        elif "ended" in said:
+            self._forked.pop(said["ended"]).ended(said["code"])
+        else:
+            order = self._orders.get(said["number"])
+            is_wanted = order is not None and not order.done()
+            if "pid" in said:
+                forked = self._forked[said["pid"]] = ForkedProcess(said["pid"])
+                if order is not None and is_wanted:
+                    order.set_result(forked)
+                else:  # who asked for it has left
+                    forked.kill()
+            elif order is not None and is_wanted:
+                order.set_exception(ChildFailed(f"no process can be started: {said['problem']}"))

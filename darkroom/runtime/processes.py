@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import BinaryIO, Protocol
 
 _STOP_GRACE_S = 10.0
-_MAX_BACKOFF_S = 5.0
+_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST_PORT, _PORT_TRIES = 20_000, 20
 _LEASH = Path(__file__).with_name("leash.py")
@@ -130,15 +130,21 @@ class Supervisor:
 
     async def _keep(self, child: Child) -> None:
         loop = asyncio.get_running_loop()
-        backoff_s = 0.2
+        backoff_s = _FIRST_BACKOFF_S
         while True:
             assert child.process is not None
             start_s = loop.time()
             code = await child.process.wait()
-            backoff_s = 0.2 if loop.time() - start_s > _MAX_BACKOFF_S else min(_MAX_BACKOFF_S, backoff_s * 2)
+            if loop.time() - start_s > _MAX_BACKOFF_S:
+                backoff_s = _FIRST_BACKOFF_S
             self._on_death(child.name, code)
-            await asyncio.sleep(backoff_s)
-            await child.start()
+            is_up = False
+            while not is_up:
+                await asyncio.sleep(backoff_s)
+                with contextlib.suppress(ChildFailed, OSError):  # no memory now, say
+                    await child.start()
+                    is_up = True
+                backoff_s = min(_MAX_BACKOFF_S, backoff_s * 2)
 
     def check(self) -> None:
         """Raises ChildFailed if a child has died since it was added."""

@@ -57,16 +57,20 @@ class Forks:
                 *lines, self._rest = (self._rest + said).split(b"\n")
                 for line in lines:
                     asked: dict[str, Any] = json.loads(line)
-                    if self._fork():
+                    if self._fork(asked["number"]):
                         return asked
 
-    def _fork(self) -> bool:
+    def _fork(self, number: int) -> bool:
         """Whether this is the new process."""
         owner = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._tell({"number": number, "problem": str(error)})
+            return False
         if pid:
             self._selector.register(os.pidfd_open(pid), selectors.EVENT_READ, pid)
-            self._tell({"pid": pid})
+            self._tell({"number": number, "pid": pid})
             return False
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != owner:

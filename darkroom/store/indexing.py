@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import blake3
 
@@ -66,8 +67,20 @@ def _files(root: Path, folder: Path) -> Iterator[tuple[str, Path]]:
             folders.clear()  # links may lead in circles
 
 
-def _read_file(file: Path, path: str) -> FileEntry:
+def file_digest(path: Path) -> Digest:
+    """The digest of a file, however large. Raises OSError."""
+    with path.open("rb") as opened:
+        return _digest_of_rest(opened)
+
+
+def _digest_of_rest(opened: BinaryIO) -> Digest:
     hasher = blake3.blake3()
+    while block := opened.read(_HASH_BLOCK_BYTES):
+        hasher.update(block)
+    return Digest(hasher.hexdigest())
+
+
+def _read_file(file: Path, path: str) -> FileEntry:
     with file.open("rb") as opened:
         size_bytes = os.fstat(opened.fileno()).st_size
         if is_weights(path):
@@ -76,9 +89,7 @@ def _read_file(file: Path, path: str) -> FileEntry:
             except Malformed as error:
                 raise Malformed(f"{file} is no safetensors file: {error}") from error
             opened.seek(0)
-        while block := opened.read(_HASH_BLOCK_BYTES):
-            hasher.update(block)
-    return FileEntry(size_bytes, Digest(hasher.hexdigest()))
+        return FileEntry(size_bytes, _digest_of_rest(opened))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

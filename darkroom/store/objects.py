@@ -21,6 +21,7 @@ from darkroom.policy.eviction import Resident
 from darkroom.policy.worth import Tier
 from darkroom.store.evicting import Eviction
 from darkroom.store.header import Malformed
+from darkroom.store.indexing import file_digest
 from darkroom.store.manifest import Digest, FileEntry
 from darkroom.store.partial import Partial, discard, taken, try_lock
 from darkroom.store.remote import Begun, Torn, seconds_for
@@ -121,9 +122,14 @@ class Objects:
             return self._spare.give(0)
 
     def quarantine(self, digest: Digest) -> None:
-        """Takes a file that is not what its name says out of use, and keeps it for whoever looks into it."""
+        """Takes a file that is not what its name says out of use, and keeps it for whoever looks into it.
+
+        One that is goes on: somebody else has found the wrong one, too, and fetched it again.
+        """
         path = self.path(digest)
         with contextlib.suppress(FileNotFoundError):
+            if file_digest(path) == digest:
+                return
             self._forget(path)
             path.replace(self._quarantined(digest))
             _log.error("file_quarantined", digest=digest)

@@ -103,8 +103,8 @@ def load_times(view: ClusterView, stage: str, guessed: LoadTimes) -> LoadTimes:
 def best_sites(view: ClusterView, stage: str, model_id: str, size_bytes: float, times: LoadTimes) -> list[Site]:
     """Where one more copy would be warm first: on a replica that is up, and on one to be started.
 
-    That may be on a machine that runs other stages only. Its disk counts if the whole store lies there: of the files
-    that it has fetched, nobody says whether they are those of this stage.
+    That may be on a machine that runs other stages only, on such a device. Its disk counts if the whole store lies
+    there: of the files that it has fetched, nobody says whether they are those of this stage.
     """
     tiers = {
         member: nearest_tier(member, view.residences_of(member.replica_id).get(model_id))
@@ -114,10 +114,11 @@ def best_sites(view: ClusterView, stage: str, model_id: str, size_bytes: float, 
         Host(replica_id=member.replica_id, machine=member.machine, tier=Tier.REMOTE if tier is None else tier)
         for member, tier in tiers.items()
     ]
+    own, kinds = {member.machine for member in tiers}, {member.device.partition(":")[0] for member in tiers}
     spare = {
         member.machine: Tier.REMOTE if member.rooms.disk_bytes is not None else Tier.DISK
         for member in view.members()
-        if member.rooms is not None and member.machine not in {host.machine for host in hosts}
+        if member.rooms and member.machine not in own and member.device.partition(":")[0] in kinds
     }
     found = sites(hosts, size_bytes, times, START_S, spare=spare)
     up = [site for site in found if site.replica_id is not None]

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from darkroom.models import programs
-from darkroom.models.lora_file import TextChanges
+from darkroom.models.adapters import check_uses
 from darkroom.models.program import Ticket
 from darkroom.models.replica import StageReplica
 from darkroom.models.tensors import to_raw
 from darkroom.wire.tasks import EncodeTask, LoraUse
 from services.encoder.cache import CacheKey, EmbeddingCache, Embeddings
+from services.encoder.text_loras import TextLoras
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Encoding:
     def __init__(self, replica: StageReplica, cache: EmbeddingCache) -> None:
         """Runs text encoders on `replica`."""
         self._replica, self._cache = replica, cache
-        self._text_changes = TextChanges(replica.store)
+        self._text_loras = TextLoras(replica.store)
         self._in_flight: dict[CacheKey, asyncio.Task[Embeddings]] = {}
         self._callers: dict[CacheKey, int] = {}
 
@@ -47,10 +48,11 @@ class Encoding:
     async def _of_text(self, loras: tuple[LoraUse, ...]) -> tuple[LoraUse, ...]:
         """None where none of them changes the encoding: it need not wait for their weights, and is what others have.
 
-        Else all of them, as errors name them by their positions.
+        Else all of them, as errors name them by their positions. Raises InvalidField.
         """
+        check_uses(loras)
         for use in loras:
-            if await asyncio.to_thread(self._text_changes.may_change, use.lora_id):
+            if await self._text_loras.may_change_text(use.lora_id):
                 return loras
         return ()
 

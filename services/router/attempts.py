@@ -26,6 +26,8 @@ class Attempts:
     """Where the next attempt goes on from."""
     heard_s: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     """When the running attempt was last heard of."""
+    begun_s: float = 0.0
+    """When the running attempt began."""
     is_streaming: bool = False
     """Whether the running attempt is one that says regularly that it lives."""
     _step: int = 0
@@ -37,7 +39,7 @@ class Attempts:
         self.tried = [*([] if self._progressed else self.tried), replica_id]
         self.epoch += 1
         self._progressed = self.is_streaming = False
-        self.heard_s = asyncio.get_running_loop().time()
+        self.begun_s = self.heard_s = asyncio.get_running_loop().time()
 
     def hear(self) -> None:
         """The running attempt lives."""

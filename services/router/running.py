@@ -32,6 +32,7 @@ from services.router.preparing import Ahead
 from services.router.values import Answer, Event, Finished, NodeProgress, NodeStarted, NodeTiming, Value
 
 _MAX_RERUNS = 2
+_PATIENCE_S = 5.0  # with a store: what failed sooner is tried on another replica of the same machine, too
 _SILENCE_S = 3.0  # three times as long as a denoiser that lives stays silent
 _CHECKPOINT_ERRORS = (InvalidCheckpoint, UnusableCheckpoint, DigestMismatch)
 _log = structlog.get_logger()
@@ -147,6 +148,8 @@ class GraphRunner:
                 if _is_input_lost(error) and reruns < _MAX_RERUNS:
                     return await self._run_node(run, node, await self._remake(run, node, reruns), reruns + 1)
                 failure = self._after_failure(run, node, member, attempts, error)
+                if isinstance(error, StoreUnavailable) and loop.time() - attempts.begun_s > _PATIENCE_S:
+                    attempts.tried += self._placing.fetching_beside(member, node)
                 continue
             call_s = loop.time() - start_s
             run.timings.append(
@@ -169,9 +172,7 @@ class GraphRunner:
             replica=member.replica_id,
             reason=error.reason(),
         )
-        if isinstance(error, StoreUnavailable):  # its neighbours would wait for the same store in vain
-            attempts.tried += self._placing.fetching_beside(member, node)
-        elif isinstance(error, Unavailable):
+        if isinstance(error, Unavailable) and not isinstance(error, StoreUnavailable):
             self._placing.suspect(member.replica_id)
         return error
 

@@ -25,6 +25,7 @@ from darkroom.wire.status import from_rpc_error
 IN_FLIGHT, LEAST_PER_S = 20, 5.0
 _CALLERS = 24
 _SEEDS = 3
+_STEPS = 3
 _TIMEOUT_S = 60.0
 _MORE_OPEN = 8
 """Descriptors or threads, by which a process may have grown: a connection to who came since, a thread of a pool."""
@@ -46,7 +47,7 @@ class Entry:
     error: DarkroomError | None = None
 
 
-async def ask(router: grpc.aio.Channel, model_id: str, seed: int, step_count: int = 3) -> Entry:
+async def ask(router: grpc.aio.Channel, model_id: str, seed: int, step_count: int = _STEPS) -> Entry:
     """Draws a picture; what happened is in the entry, failures too."""
     entry = Entry((model_id, seed), asyncio.get_running_loop().time())
     request = router_pb2.GenerateRequest(
@@ -80,22 +81,28 @@ class Load:
         self._keys = [(model_id, seed) for seed in range(_SEEDS) for model_id in model_ids]
         self._before: dict[Key, str] = {}
         self._in_flight = 0
+        self._start_s = 0.0
         self._is_over = False
         self._callers: list[asyncio.Task[None]] = []
         self.history: list[Entry] = []
 
     async def __aenter__(self) -> Self:
         """Once the load is what a valid test needs."""
-        for model_id, seed in self._keys:
-            entry = await ask(self.routers[0], model_id, seed)
-            assert entry.digests, entry
-            self._before[entry.key] = entry.digests[0]
-        turns = itertools.cycle(self._keys)
-        self._callers = [
-            asyncio.create_task(self._call(self.routers[number % len(self.routers)], turns))
-            for number in range(_CALLERS)
-        ]
-        await self.goes_on(2 * _CALLERS)
+        try:
+            for model_id, seed in self._keys:
+                entry = await ask(self.routers[0], model_id, seed)
+                assert entry.digests, entry
+                self._before[entry.key] = entry.digests[0]
+            turns = itertools.cycle(self._keys)
+            self._start_s = asyncio.get_running_loop().time()
+            self._callers = [
+                asyncio.create_task(self._call(self.routers[number % len(self.routers)], turns))
+                for number in range(_CALLERS)
+            ]
+            await self.goes_on(2 * _CALLERS)
+        except BaseException:
+            await self._end()
+            raise
         self._open = _open_things(self._cluster)
         return self
 
@@ -103,10 +110,9 @@ class Load:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Waits for the last answers; judges the history unless the test has failed anyway."""
-        self._is_over = True
-        await asyncio.gather(*self._callers)
-        await asyncio.gather(*(router.close() for router in self.routers))
+        outcomes = await self._end()
         if kind is None:
+            assert outcomes == [None] * _CALLERS
             self._judge()
             for pid, (name, fd_count, thread_count) in _open_things(self._cluster).items():
                 if pid in self._open:  # else it was started since
@@ -114,33 +120,43 @@ class Load:
                     assert fd_count <= fds_before + _MORE_OPEN, name
                     assert thread_count <= threads_before + _MORE_OPEN, name
 
+    async def _end(self) -> list[BaseException | None]:
+        """Waits for the last answers. Returns what each caller ended with."""
+        self._is_over = True
+        outcomes = await asyncio.gather(*self._callers, return_exceptions=True)
+        await asyncio.gather(*(router.close() for router in self.routers))
+        return outcomes
+
     async def _call(self, router: grpc.aio.Channel, turns: "itertools.cycle[Key]") -> None:
         while not self._is_over:
             self._in_flight += 1
-            entry = await ask(router, *next(turns))
-            self._in_flight -= 1
-            self.history.append(entry)
+            try:
+                self.history.append(await ask(router, *next(turns)))
+            finally:
+                self._in_flight -= 1
 
     async def goes_on(self, count: int, *, within_s: float = 30.0) -> None:
-        """Waits for so many more answers, which shows that it is enough of a load and that requests flow."""
-        loop = asyncio.get_running_loop()
-        start_s, before = loop.time(), len(self.history)
+        """Waits for so many more answers, which shows that requests flow, and that all was enough of a load so far."""
+        before = len(self.history)
         async with asyncio.timeout(within_s):
             while len(self.history) < before + count:
                 await asyncio.sleep(0.02)
         assert self._in_flight >= IN_FLIGHT, "INVALID: too few in flight"
-        assert count / (loop.time() - start_s) >= LEAST_PER_S, "INVALID: too few a second"
+        passed_s = asyncio.get_running_loop().time() - self._start_s
+        assert len(self.history) / passed_s >= LEAST_PER_S, "INVALID: too few a second"
 
-    def longest_s(self, since_s: float = 0.0) -> float:
-        """Of the answers to requests that were on their way then or came later."""
-        return max(entry.end_s - entry.start_s for entry in self.history if entry.end_s >= since_s)
+    def longest_s(self, since_s: float) -> float:
+        """The longest that anybody has waited whose request came since then."""
+        return max(entry.end_s - entry.start_s for entry in self.history if entry.start_s >= since_s)
 
     def _judge(self) -> None:
         failures = Counter(repr(entry.error) for entry in self.history if entry.error)
         assert not failures
         for entry in self.history:
             assert len(entry.digests) == 1, entry
-            assert all(attempt == sorted(set(attempt)) for attempt in _attempts(entry.steps)), entry
+            attempts = _attempts(entry.steps)
+            assert all(attempt == sorted(set(attempt)) for attempt in attempts), entry
+            assert attempts[-1][-1] == _STEPS, entry
             assert entry.digests[0] == self._before[entry.key], entry
 
 

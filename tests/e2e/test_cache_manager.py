@@ -1,11 +1,13 @@
 """Two cache managers and a real etcd: what is popular spreads unasked, and the loss of a leader harms nobody."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -177,16 +179,16 @@ async def test_a_leader_that_is_killed_is_followed_within_its_lease_and_no_model
         assert _orders(before)
         held = {model_id: _holders(before, model_id) for model_id in MODELS}
         os.kill(_pid(cluster, name), signal.SIGKILL)
-        killed_s = asyncio.get_running_loop().time()
+        killed_at = datetime.now(UTC)
 
         def has_new_leader(answers: dict[str, cachemgr_pb2.DescribeCacheResponse]) -> bool:
             assert all(_holders(answer, model_id) >= held[model_id] for answer in answers.values() for model_id in held)
             return any(a.leader_id == a.manager_id != before.leader_id for a in answers.values())
 
-        answers = await managers.until(has_new_leader, within_s=LEASE_S + 3.0)
-        assert asyncio.get_running_loop().time() - killed_s <= LEASE_S + 2.0
+        answers = await managers.until(has_new_leader, within_s=LEASE_S + 15.0)
         follower = next(child for child, answer in answers.items() if answer.leader_id == answer.manager_id)
-        assert any('"event": "leads"' in line for line in _lines(cluster.child(follower).log))
+        led = [json.loads(line) for line in _lines(cluster.child(follower).log) if '"event": "leads"' in line]
+        assert (datetime.fromisoformat(led[-1]["timestamp"]) - killed_at).total_seconds() <= LEASE_S + 2.0
         answers = await managers.until(
             lambda answers: any(a.plan.term > before.plan.term for a in answers.values()), within_s=10
         )
@@ -227,7 +229,7 @@ async def test_without_etcd_requests_are_served_and_managers_answer(cluster: Loc
             for seconds in (0.0, LEASE_S + 2.0):
                 await asyncio.sleep(seconds)
                 await load.goes_on(30)
-                assert len(await managers.describe()) == 2
+                await managers.until(lambda answers: len(answers) == 2, within_s=10)
         finally:
             os.kill(_pid(cluster, "etcd"), signal.SIGCONT)
         await managers.leader()

@@ -31,8 +31,8 @@ _WRONG: dict[str, Callable[[bytes, bytes], bytes]] = {
 _OTHERS = ("cold", "slow", "late", "later", "full-1", "full-2", *_WRONG)
 _GIVEN_UP_S = 25.0
 """After which a store that hangs is, at the most: two reads that get no byte for ten seconds."""
-_SLOW = "location /slow/unet/ { limit_rate 1m; }"
-"""A UNet of 4 MB takes four seconds."""
+_SLOW, _SLOW_S = "location /slow/unet/ { limit_rate 500k; }", 7.0
+"""A UNet of 4 MB takes eight seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +156,15 @@ async def test_nobody_waits_for_a_slow_store_but_whoever_asks_for_what_is_there(
     cluster: LocalCluster, web: Nginx
 ) -> None:
     async with Load(cluster, _LOADED) as load:
-        slow = asyncio.create_task(ask(load.routers[0], "slow", seed=1))
-        await until(lambda: web.fetch_count(f"slow/{_UNET}") > 0)
+        slow, rounds = asyncio.create_task(ask(load.routers[0], "slow", seed=1)), 0
         while not slow.done():
-            await load.goes_on(10)
+            await load.goes_on(5)
+            rounds += 1
         entry = await slow
         assert entry.digests
-        assert entry.end_s - entry.start_s > 3
+        assert entry.end_s - entry.start_s > _SLOW_S
+        assert rounds > 1
+        assert load.longest_s(entry.start_s) < entry.end_s - entry.start_s
         assert web.fetch_count(f"slow/{_UNET}") == 1
 
 

@@ -4,14 +4,16 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from darkroom.runtime.forking import Zygote
-from darkroom.runtime.processes import ChildFailed
+from darkroom.runtime.processes import Child, ChildFailed, Supervisor
 
 PROGRAM = """
 import os, sys, time
@@ -76,6 +78,48 @@ async def test_one_that_is_killed_says_so_and_no_other_ends(zygote: Zygote, tmp_
     assert second.returncode is None
     second.terminate()
     assert await second.wait() == -signal.SIGTERM
+
+
+async def test_one_that_ends_before_its_start_was_noticed_has_ended(zygote: Zygote, tmp_path: Path) -> None:
+    await zygote.fork("first", "program", ["0"], tmp_path / "first.log")
+    starting = asyncio.create_task(zygote.fork("one", "program", ["6"], tmp_path / "one.log"))
+    await asyncio.sleep(0.01)
+    time.sleep(0.5)  # noqa: ASYNC251 - so that the loop hears of both at once
+    async with asyncio.timeout(10):
+        assert await (await starting).wait() == 6
+        assert await (await zygote.fork("two", "program", ["7"], tmp_path / "two.log")).wait() == 7
+
+
+async def test_one_that_nobody_waits_for_any_more_is_killed_and_the_next_gets_its_own(
+    zygote: Zygote, tmp_path: Path
+) -> None:
+    await zygote.fork("first", "program", ["0"], tmp_path / "first.log")
+    starting = asyncio.create_task(zygote.fork("one", "program", ["0", "wait"], tmp_path / "one.log"))
+    await asyncio.sleep(0)
+    starting.cancel()
+    async with asyncio.timeout(10):
+        second = await zygote.fork("two", "program", ["8"], tmp_path / "two.log")
+        assert await second.wait() == 8
+        while zygote._forked:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_supervisor_tries_again_while_nothing_can_be_forked(
+    zygote: Zygote, programs: Path, tmp_path: Path
+) -> None:
+    log, supervisor = tmp_path / "one.log", Supervisor()
+    child = Child("one", log, partial(zygote.fork, "one", "program", ["0", "wait"], log))
+    await supervisor.add(child)
+    (programs / "slow.py").write_text("raise RuntimeError('no memory now')")
+    assert child.pid is not None
+    os.kill(int(Path(f"/proc/{child.pid}/stat").read_text().split()[3]), signal.SIGKILL)
+    async with asyncio.timeout(20):
+        while "no memory now" not in (tmp_path / "zygote.log").read_text():
+            await asyncio.sleep(0.05)
+        (programs / "slow.py").write_text("AT = 0\n")
+        while child.start_count < 2:
+            await asyncio.sleep(0.05)
+    await supervisor.stop()
 
 
 async def test_what_a_zygote_forked_ends_with_it_and_the_next_one_forks_again(zygote: Zygote, tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ class Managers:
         *held: str,
         room_bytes: int = ROOM,
         machine: str = "10.0.0.1",
+        device: str = "cpu",
         disk_bytes: int | None = None,
     ) -> Registration:
         """A stage replica whose disk has every model, unless it has a bound."""
@@ -133,7 +134,7 @@ class Managers:
             replica_id=replica_id,
             stage=replica_id.partition("-")[0],
             address=f"{machine}:7000",
-            device="cpu",
+            device=device,
             rooms=Rooms(device_bytes=room_bytes, host_bytes=0, disk_bytes=disk_bytes, evicts=True),
         )
         registration = Registration(self.registry, member)

@@ -107,6 +107,7 @@ async def test_a_busy_model_is_ordered_where_it_is_not(managers: Managers) -> No
 async def test_a_machine_that_runs_other_stages_is_a_place_for_a_new_replica(managers: Managers) -> None:
     await managers.replica("denoiser-1", disk_bytes=1 << 40)
     await managers.replica("encoder-1", machine="10.0.0.2")
+    await managers.replica("encoder-2", machine="10.0.0.0", device="cuda:0")
     manager = await managers.manager()
     await manager.report(1, sd=2000)
     sites = [

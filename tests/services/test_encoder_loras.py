@@ -1,6 +1,8 @@
 """LoRAs at the encoder: one that does not change the encoding costs it nothing, by what its file's header says."""
 
+import asyncio
 import shutil
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -8,10 +10,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from darkroom.errors import LoraNotFound
+from darkroom.errors import InvalidField, LoraNotFound
+from darkroom.models.lora_file import changes_text
+from darkroom.models.store.model_store import ModelStore
 from darkroom.v1 import encoder_pb2, encoder_pb2_grpc, lora_pb2
 from darkroom.wire.status import from_rpc_error
-from tests.services.neighbours import MODEL, Neighbours, RunningStage, failure_of
+from tests.services.neighbours import MODEL, Neighbours, RunningStage, eventually, failure_of
 from tests.services.test_encoder import encode, encode_request
 from tests.tiny_loras import diffusers_names, factors, is_any, is_attention, kohya_names, save_lora
 
@@ -77,3 +81,32 @@ async def test_one_that_is_not_there_is_named(neighbours: Neighbours) -> None:
     error = from_rpc_error(await failure_of(call), "encoder")
     assert isinstance(error, LoraNotFound)
     assert "loras[1]" in error.message
+
+
+async def test_a_lora_that_repeats_is_refused_though_it_is_of_the_denoiser_alone(neighbours: Neighbours) -> None:
+    encoder = await neighbours.stage("encoder")
+    call = encoder_pb2_grpc.EncoderServiceStub(encoder.channel).Encode(with_loras("ink", "ink"), timeout=20.0)
+    error = from_rpc_error(await failure_of(call), "encoder")
+    assert isinstance(error, InvalidField)
+    assert "loras[1]" in error.message
+
+
+async def test_a_store_that_does_not_answer_keeps_up_only_those_that_need_it_and_is_asked_once(
+    neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = await neighbours.stage("encoder")
+    await encode(encoder, with_loras("ink"))
+    may_answer, asked = threading.Event(), list[str]()
+
+    def hang(store: ModelStore, lora_id: str) -> bool:
+        asked.append(lora_id)
+        may_answer.wait(20)
+        return changes_text(store, lora_id)
+
+    monkeypatch.setattr("services.encoder.text_loras.changes_text", hang)
+    waiting = [asyncio.create_task(encode(encoder, with_loras("kohya"))) for _ in range(12)]
+    await eventually(lambda: encoder.running_count == 12)
+    assert (await encode(encoder, with_loras("ink"))).cached
+    may_answer.set()
+    assert len(await asyncio.gather(*waiting)) == 12
+    assert asked == ["kohya"]

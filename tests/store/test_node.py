@@ -157,6 +157,19 @@ def test_a_file_that_goes_bad_on_the_disk_is_quarantined_and_fetched_again(
     assert _same(store, files, "one")
 
 
+def test_a_file_that_another_has_fetched_again_is_not_quarantined(web: Nginx, files: Path, tmp_path: Path) -> None:
+    store = _node(web.url, tmp_path)
+    store.fetch("one", _all)
+    path = store.root / "one" / "unet" / WEIGHTS
+    path.chmod(0o644)
+    path.write_bytes(b"bad")
+    for _ in range(2):  # two processes have read the bad one, and one of them has mended it before the other says so
+        assert store.refuse(path, "it is bad")
+        store.fetch("one", _all)
+    assert web.fetch_count(f"one/unet/{WEIGHTS}") == 2
+    assert [file.read_bytes() for file in _objects(tmp_path, "quarantine")] == [b"bad"]
+
+
 def test_a_config_that_goes_bad_on_the_disk_is_fetched_again(web: Nginx, files: Path, tmp_path: Path) -> None:
     store = _node(web.url, tmp_path)
     store.fetch("one", _all)

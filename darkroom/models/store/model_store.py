@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-import blake3
 import structlog
 
 from darkroom.errors import StoreUnavailable
@@ -19,6 +18,7 @@ from darkroom.policy.pinning import size_classes
 from darkroom.store.evicting import Eviction
 from darkroom.store.folder import Folder
 from darkroom.store.header import Malformed, TensorFile, read_header
+from darkroom.store.indexing import file_digest
 from darkroom.store.manifest import Digest
 from darkroom.store.source import Afar, Source, Wanted, is_small
 
@@ -121,11 +121,7 @@ class ModelStore:
         expected = self._source.expected(path)
         if expected is None:
             return
-        with path.open("rb") as file:
-            digest = blake3.blake3()
-            while block := file.read(8 << 20):
-                digest.update(block)
-        if digest.hexdigest() != expected.digest:
+        if file_digest(path) != expected.digest:
             problem = "it has another digest than its manifest names"
             self._source.refuse(path, problem)
             raise Corrupt(problem)

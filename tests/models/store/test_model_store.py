@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from darkroom.errors import ModelNotFound, StoreUnavailable, UnusableModel
 from darkroom.models.loader import load_part, part_files, part_sizes
-from darkroom.models.lora_file import TextChanges
+from darkroom.models.lora_file import changes_text
 from darkroom.models.replica import StageReplica
 from darkroom.models.store.model_store import ModelStore, model_store
 from darkroom.store.folder import Folder
@@ -86,13 +86,13 @@ def test_what_is_read_is_known_by_the_models_that_it_was_read_for(files: Path, t
 
 
 def test_whether_a_lora_changes_the_text_is_known_before_it_is_fetched(files: Path, tmp_path: Path) -> None:
-    changes = TextChanges(_open(files, tmp_path))
-    assert not changes.may_change("ink")
+    assert not changes_text(_open(files, tmp_path), "ink")
     assert not list((tmp_path / "cache" / "objects").iterdir())
-    assert changes.may_change("nowhere")
+    with pytest.raises(ModelNotFound):
+        changes_text(_open(files, tmp_path), "nowhere")
     save_file({"unet.x.lora_A.weight": torch.ones(2, 2), "lora_te_x": torch.ones(1)}, files / "ink" / "ink.safetensors")
     write_index(files)
-    assert TextChanges(_open(files, tmp_path)).may_change("ink")
+    assert changes_text(_open(files, tmp_path), "ink")
 
 
 def test_a_file_damaged_on_the_node_is_quarantined_and_fetched_once_more(files: Path, tmp_path: Path) -> None:
