@@ -47,11 +47,11 @@ class Entry:
     error: DarkroomError | None = None
 
 
-async def ask(router: grpc.aio.Channel, model_id: str, seed: int, step_count: int = _STEPS) -> Entry:
+async def ask(router: grpc.aio.Channel, model_id: str, seed: int) -> Entry:
     """Draws a picture; what happened is in the entry, failures too."""
     entry = Entry((model_id, seed), asyncio.get_running_loop().time())
     request = router_pb2.GenerateRequest(
-        prompt="a ring", model_id=model_id, width_px=32, height_px=32, step_count=step_count, seed=seed,
+        prompt="a ring", model_id=model_id, width_px=32, height_px=32, step_count=_STEPS, seed=seed,
         deterministic=True,
     )  # fmt: skip
     try:
