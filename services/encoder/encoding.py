@@ -33,7 +33,10 @@ class Encoding:
         self._callers: dict[CacheKey, int] = {}
 
     async def encode(self, task: EncodeTask) -> Encoded:
-        """The prompt's embeddings. Raises QueueFull, ModelNotFound, UnusableModel, LoraNotFound or UnusableLora."""
+        """The prompt's embeddings.
+
+        Raises QueueFull, InvalidField, ModelNotFound, UnusableModel, LoraNotFound or UnusableLora.
+        """
         async with self._replica.accepted():
             task = replace(task, loras=await self._of_text(task.loras))
             key = CacheKey(

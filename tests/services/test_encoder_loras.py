@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from darkroom.errors import InvalidField, LoraNotFound
+from darkroom.errors import DarkroomError, InvalidField, LoraNotFound
 from darkroom.models.lora_file import changes_text
 from darkroom.models.store.model_store import ModelStore
 from darkroom.v1 import encoder_pb2, encoder_pb2_grpc, lora_pb2
@@ -75,19 +75,14 @@ async def test_one_that_changes_the_text_encoder_changes_the_embedding(
     assert await held(encoder) == set(lora_ids) - {"ink"}, "of which it has no part"
 
 
-async def test_one_that_is_not_there_is_named(neighbours: Neighbours) -> None:
+@pytest.mark.parametrize(("second", "kind"), [("none", LoraNotFound), ("ink", InvalidField)], ids=["unknown", "again"])
+async def test_one_that_cannot_be_is_named_by_its_position(
+    neighbours: Neighbours, second: str, kind: type[DarkroomError]
+) -> None:
     encoder = await neighbours.stage("encoder")
-    call = encoder_pb2_grpc.EncoderServiceStub(encoder.channel).Encode(with_loras("ink", "none"), timeout=20.0)
+    call = encoder_pb2_grpc.EncoderServiceStub(encoder.channel).Encode(with_loras("ink", second), timeout=20.0)
     error = from_rpc_error(await failure_of(call), "encoder")
-    assert isinstance(error, LoraNotFound)
-    assert "loras[1]" in error.message
-
-
-async def test_a_lora_that_repeats_is_refused_though_it_is_of_the_denoiser_alone(neighbours: Neighbours) -> None:
-    encoder = await neighbours.stage("encoder")
-    call = encoder_pb2_grpc.EncoderServiceStub(encoder.channel).Encode(with_loras("ink", "ink"), timeout=20.0)
-    error = from_rpc_error(await failure_of(call), "encoder")
-    assert isinstance(error, InvalidField)
+    assert isinstance(error, kind)
     assert "loras[1]" in error.message
 
 
